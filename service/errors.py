@@ -1,0 +1,173 @@
+"""Every error a caller can meet, as one tree.
+
+Rules:
+- A failure the caller can do something about is an `EngramError` with a stable `code`; codes are part of the API and never reused.
+- Foreign errors (Pillow, SQLAlchemy, the operating system) are translated where they are met, never shown.
+- One mapping (`service/api/problems.py`) turns the tree into `application/problem+json`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ItemError:
+    """What went wrong with one item of a batch; `item` is its position."""
+
+    item: int
+    code: str
+    detail: str
+
+
+class EngramError(Exception):
+    """The root. `status` is the HTTP status, `code` the stable word, `title` the sentence that never varies."""
+
+    status = 500
+    code = "internal"
+    title = "Something went wrong inside the server"
+
+    def __init__(self, detail: str, *, errors: tuple[ItemError, ...] = (), retry_after_s: int | None = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.errors = errors
+        self.retry_after_s = retry_after_s
+
+
+# --- the request is wrong ---------------------------------------------------------------------------------------------
+
+
+class InvalidRequest(EngramError):
+    status, code, title = 422, "invalid_request", "The request is not valid"
+
+
+class MalformedBody(EngramError):
+    status, code, title = 400, "malformed_body", "The body could not be parsed"
+
+
+class BodyTooLarge(EngramError):
+    status, code, title = 413, "body_too_large", "The body is larger than the server accepts"
+
+
+class InvalidImage(InvalidRequest):
+    code, title = "invalid_image", "The bytes are not an image this server can read"
+
+
+class TruncatedImage(InvalidImage):
+    code, title = "truncated_image", "The image ends before it should"
+
+
+class ImageTooLarge(InvalidImage):
+    code, title = "image_too_large", "The image has more pixels than the server accepts"
+
+
+class UnsupportedImageFormat(InvalidImage):
+    code, title = "unsupported_image_format", "The image format is not on the server's list"
+
+
+class EmptyText(InvalidRequest):
+    code, title = "empty_text", "The text is empty"
+
+
+class InvalidVector(InvalidRequest):
+    code, title = "invalid_vector", "The vector holds a NaN or an infinity, or is zero"
+
+
+class WrongDimension(InvalidRequest):
+    code, title = "wrong_dimension", "The vector has the wrong number of values"
+
+
+class NothingObserved(InvalidRequest):
+    code, title = "nothing_observed", "Nothing of the cue is observed"
+
+
+class UnknownSpace(InvalidRequest):
+    code, title = "unknown_space", "The collection has no such space"
+
+
+class UnknownEncoder(InvalidRequest):
+    code, title = "unknown_encoder", "There is no such encoder"
+
+
+class NotDecodable(InvalidRequest):
+    code, title = "not_decodable", "No space of this collection can be decoded"
+
+
+class CalibrationRefused(InvalidRequest):
+    code, title = "calibration_refused", "The gate cannot be calibrated"
+
+
+# --- who asks ---------------------------------------------------------------------------------------------------------
+
+
+class Unauthorized(EngramError):
+    status, code, title = 401, "unauthorized", "A valid API key is needed"
+
+
+# --- the thing asked for ----------------------------------------------------------------------------------------------
+
+
+class NotFound(EngramError):
+    status, code, title = 404, "not_found", "There is no such thing"
+
+
+class CollectionNotFound(NotFound):
+    code, title = "collection_not_found", "There is no such collection"
+
+
+class MemoryNotFound(NotFound):
+    code, title = "memory_not_found", "There is no such memory"
+
+
+class ContentNotFound(NotFound):
+    code, title = "content_not_found", "The memory has no stored original"
+
+
+class OperationNotFound(NotFound):
+    code, title = "operation_not_found", "There is no such operation"
+
+
+class Conflict(EngramError):
+    status, code, title = 409, "conflict", "The request conflicts with what is stored"
+
+
+class CollectionExists(Conflict):
+    code, title = "collection_exists", "A collection of this name exists"
+
+
+class EncoderMismatch(Conflict):
+    code, title = "encoder_mismatch", "The collection's patterns were made by another encoder"
+
+
+class FolderInUse(Conflict):
+    code, title = "folder_in_use", "Another process owns this data folder"
+
+
+# --- the server cannot do it now --------------------------------------------------------------------------------------
+
+
+class TooBusy(EngramError):
+    status, code, title = 429, "too_busy", "The server's queue is full"
+
+
+class Unavailable(EngramError):
+    status, code, title = 503, "unavailable", "The server is not ready to answer"
+
+
+class StorageFull(EngramError):
+    status, code, title = 507, "storage_full", "There is no space left to store this"
+
+
+class StorageUnavailable(Unavailable):
+    code, title = "storage_unavailable", "The data folder cannot be written"
+
+
+class WeightsMissing(Unavailable):
+    code, title = "weights_missing", "An encoder's weights are not on this machine"
+
+
+# --- the server is set up wrongly (met at start-up, on the command line) ----------------------------------------------
+
+
+class InvalidSettings(EngramError):
+    status, code, title = 500, "invalid_settings", "The settings are not valid"

@@ -1,0 +1,71 @@
+"""The server's settings: one frozen object, from the environment or from flags; an unknown or ill-formed one is refused.
+
+Every setting is `ENGRAM_<NAME>` in the environment. A flag wins over the environment.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from service.errors import InvalidSettings
+
+PREFIX = "ENGRAM_"
+NOT_OURS = frozenset({"ENGRAM_URL"})  # read by the command line (which server to talk to), not by the server
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: Path = Field(default=Path("memories"), description="the data folder")
+    host: str = Field(default="127.0.0.1", description="the address to listen on")
+    port: int = Field(default=8000, ge=0, le=65535, description="the port to listen on; 0 takes a free one")
+    api_key: SecretStr | None = Field(default=None, description="the admin key; needed beyond loopback")
+    threads: int = Field(default=1, ge=1, le=256, description="torch threads; more than one is slower under load on few cores")
+    body_bytes_max: int = Field(
+        default=64 * 2**20, ge=2**10, description="largest request body; a batch is held in memory whole"
+    )
+    image_pixels_max: int = Field(
+        default=50_000_000, ge=1, description="largest image; one decoded pixel takes three bytes"
+    )
+
+    @property
+    def is_loopback(self) -> bool:
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+def load(environ: Mapping[str, str], **flags: object) -> Settings:
+    """Settings from `environ` and `flags` (None means "not given"). Raises `InvalidSettings`, naming what is wrong."""
+    given: dict[str, object] = {
+        name.removeprefix(PREFIX).lower(): value
+        for name, value in environ.items()
+        if name.startswith(PREFIX) and name not in NOT_OURS
+    }
+    given.update({name: value for name, value in flags.items() if value is not None})
+    try:
+        settings = Settings.model_validate(given)
+    except ValidationError as error:
+        raise InvalidSettings("; ".join(_sentence(e["loc"], e["msg"]) for e in error.errors())) from None
+    if settings.api_key is not None and not settings.api_key.get_secret_value().strip():
+        raise InvalidSettings(f"{PREFIX}API_KEY is empty; unset it or give it a value")
+    if not settings.is_loopback and settings.api_key is None:
+        raise InvalidSettings(
+            f"listening on {settings.host} lets other machines in: set {PREFIX}API_KEY, or listen on 127.0.0.1"
+        )
+    return settings
+
+
+def _sentence(location: tuple[int | str, ...], message: str) -> str:
+    name = f"{PREFIX}{str(location[0]).upper()}" if location else PREFIX
+    if message == "Extra inputs are not permitted":
+        known = ", ".join(f"{PREFIX}{field.upper()}" for field in Settings.model_fields)
+        return f"{name} is not a setting; the settings are {known}"
+    return f"{name}: {message}"
