@@ -1,0 +1,151 @@
+"""The gate: whether any stored memory is the origin of a cue (RecLag: the rectified Lagrangian for modern Hopfield
+networks).
+
+    S(v) = Σ_μ exp(β ξ_μ·v),   v' = 1[S(v) > λ] · Ξᵀ softmax(β Ξ v),   E(v) = ½‖v‖² - (1/β) max(log S(v) - log λ, 0)
+
+λ is the inverse memory strength, held as log λ. A cue with S ≤ λ falls to the origin: it is unknown. S(v) is
+proportional to the density that the memory gives to v, so this is a level set of that density. Under a top-K search
+log S is known between bounds.
+
+Rules:
+- log S is float64, so that calibration and use compare the same numbers.
+- λ comes from calibration alone, by split conformal prediction in exact rationals: of new known cues, drawn like the
+  calibration's, at least the target share is accepted, on average over draws of the calibration set.
+- Too few cues, or a threshold at which nothing falls to the origin, is a refusal that says what is missing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from service.errors import CalibrationRefused, InvalidRequest
+
+# Lloyd's iterations nearly always stop changing well before this; the bound keeps a calibration job's time
+# proportional to the rows.
+LLOYD_ITERATIONS_MAX = 25
+
+# Rows assigned at once: with 1,000 prototypes a block of distances is 16 MB in float32.
+_LLOYD_CHUNK_ROWS = 4096
+
+
+def log_mass(scores: Float[Tensor, "batch rows"], beta: float) -> Float[Tensor, " batch"]:
+    """log S = log Σ_μ exp(β s_μ), float64. Scores -∞ count as no row; without any the mass is -∞."""
+    return (scores.double() * beta).logsumexp(-1)
+
+
+def mass_bounds(
+    scores_topk: Float[Tensor, "batch support"], rows_total: int, beta: float
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """log S over all N rows from its K best scores: LSE_K ≤ log S ≤ log(exp(LSE_K) + (N-K) exp(β s_(K))), float64."""
+    low = log_mass(scores_topk, beta)
+    inside = scores_topk > -torch.inf
+    outside = (rows_total - inside.sum(-1)).double()
+    last = scores_topk.double().masked_fill(~inside, torch.inf).amin(-1) * beta
+    high = torch.logaddexp(low, outside.log() + last)
+    return low, torch.where(outside > 0, high, low)
+
+
+def gated_step(
+    patterns: Float[Tensor, "rows d"], state: Float[Tensor, "batch d"], beta: float, log_lambda: float
+) -> Float[Tensor, "batch d"]:
+    """v' = 1[S(v) > λ] · Ξᵀ softmax(β Ξ v) (RecLag, eq. 12 with a full step); log λ = -∞ is the plain step (Theorem
+    2).
+    """
+    scores = state @ patterns.T
+    target = torch.softmax(scores * beta, dim=-1) @ patterns
+    accepted = log_mass(scores, beta) > log_lambda
+    return target.masked_fill(~accepted.unsqueeze(-1), 0.0)
+
+
+def gate_energy(
+    patterns: Float[Tensor, "rows d"], state: Float[Tensor, "batch d"], beta: float, log_lambda: float
+) -> Float[Tensor, " batch"]:
+    """E(v) = ½‖v‖² - (1/β) max(log S(v) - log λ, 0), float64; at log λ = -∞ that of the plain network, ½‖v‖² - (1/β)
+    log S(v).
+    """
+    mass = log_mass(state @ patterns.T, beta)
+    memory = mass if log_lambda == -math.inf else (mass - log_lambda).clamp_min(0.0)
+    return 0.5 * state.double().square().sum(-1) - memory / beta
+
+
+def origin_radius(log_lambda: float, rows: int, beta: float, norm_max: float) -> float:
+    """The radius of a ball that falls to the origin, (log λ - log N_h) / (β max‖ξ_μ‖) (RecLag, Theorem 1); 0 unless
+    log λ > log N_h.
+    """
+    return max(log_lambda - math.log(rows), 0.0) / (beta * norm_max)
+
+
+def prototypes(stored: Float[Tensor, "rows d"], count: int, seed: int) -> Float[Tensor, "count d"]:
+    """`count` k-means centres of the stored patterns, an interaction matrix whose size does not grow with the memory.
+
+    Lloyd's iterations from `count` distinct rows drawn by `seed`; the same arguments give the same centres. A centre
+    that loses all its rows stays. Raises InvalidRequest unless 1 ≤ count ≤ rows.
+    """
+    rows = stored.shape[0]
+    if not 1 <= count <= rows:
+        raise InvalidRequest(f"prototypes number from 1 to the {rows} stored patterns, not {count}")
+    stored = stored.to(torch.promote_types(stored.dtype, torch.float32))
+    drawn = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:count]
+    centres = stored[drawn.to(stored.device)]
+    for _ in range(LLOYD_ITERATIONS_MAX):
+        total, size = torch.zeros_like(centres), centres.new_zeros(count, 1)
+        for chunk in torch.split(stored, _LLOYD_CHUNK_ROWS):
+            nearest = torch.cdist(chunk, centres).argmin(-1)
+            # Sums by matrix product: unlike scattered additions they come out the same every time on every device.
+            member = torch.nn.functional.one_hot(nearest, count).to(chunk.dtype)
+            total += member.T @ chunk
+            size += member.sum(0).unsqueeze(-1)
+        moved = torch.where(size > 0, total / size.clamp_min(1.0), centres)
+        if torch.equal(moved, centres):
+            break
+        centres = moved
+    return centres
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A calibrated λ: known cues are accepted with a share of at least `target_tpr`, from `n` held-out known cues."""
+
+    log_lambda: float
+    target_tpr: Fraction
+    n: int
+
+    def accepts(self, score: Float[Tensor, " batch"]) -> Bool[Tensor, " batch"]:
+        """Whether each log S is strictly over log λ; compared in float64, as the threshold was set."""
+        return score.double() > self.log_lambda
+
+
+def calibrate(known_scores: Float[Tensor, " n"], target_tpr: float | Fraction, rows: int) -> Threshold:
+    """The threshold that accepts new known cues with probability at least `target_tpr` (split conformal prediction).
+
+    known_scores: log S of n held-out cues whose memories are stored; rows: N_h, the rows of the interaction matrix.
+    With α = 1 - target_tpr and k = ⌊α(n+1)⌋, log λ lies just under the k-th smallest score: just under, so that ties
+    with it are accepted. A float target is read as the decimal it prints as (0.9 is 9/10).
+
+    Raises CalibrationRefused when n < 1/α - 1 or log λ ≤ log N_h (then the origin attracts nothing), InvalidRequest
+    for a target outside (0, 1) or a NaN.
+    """
+    target = target_tpr if isinstance(target_tpr, Fraction) else Fraction(repr(target_tpr))
+    if not 0 < target < 1:
+        raise InvalidRequest(f"a target share lies between 0 and 1, not at {target_tpr}")
+    if known_scores.isnan().any():
+        raise InvalidRequest("a calibration score is not a number")
+    miss = 1 - target
+    n, needed = known_scores.shape[0], math.ceil(1 / miss - 1)
+    if n < needed:
+        raise CalibrationRefused(f"needs n >= {needed} held-out cues for a target of {float(target):g}, has {n}")
+    k = math.floor(miss * (n + 1))
+    log_lambda = math.nextafter(known_scores.double().sort().values[k - 1].item(), -math.inf)
+    log_rows = math.log(rows) if rows else -math.inf
+    if rows < 1 or log_lambda <= log_rows:
+        raise CalibrationRefused(
+            f"log λ = {log_lambda:.4g} is not over log N = {log_rows:.4g} of the interaction matrix: the known cues are no "
+            "nearer to the memories than the origin is; a larger beta or clearer cues are needed"
+        )
+    return Threshold(log_lambda=log_lambda, target_tpr=target, n=n)

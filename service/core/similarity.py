@@ -1,0 +1,134 @@
+"""Similarities K(ξ, x) between stored patterns and a state, over the blocks of a hetero-associative memory.
+
+Strategy: everything that depends on the state alone (norms, block weights, which blocks are observed) is folded into
+the state once; what remains is one matrix product per batch, whatever the number of blocks.
+
+Rules:
+- cosine compares block by block, Σ_b w_b cos_b / Σ_b w_b over the observed blocks, and cos(0, ·) = 0: a block that a
+  memory lacks is zero and adds 0.
+- dot and neg_l2 see raw values, so their scale would mix spaces: they take exactly one block.
+- -‖ξ - x‖² is summed from differences, not expanded: expansion cancels in float32, and a pattern's distance to itself
+  must be 0.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from service.errors import InvalidRequest
+
+Similarity = Literal["cosine", "dot", "neg_l2"]
+
+# Raw values (dot, neg_l2) stay under this, so that a score over 10^5 values stays under 10^30 and its product with
+# `BETA_MAX` inside float32.
+MAGNITUDE_MAX = 1e12
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How the last axis splits into spaces: block b is `widths[b]` values, compared with weight `weights[b]`.
+
+    Raises InvalidRequest for no block, a width < 1, a weight that is not positive and finite, or several blocks with
+    dot or neg_l2.
+    """
+
+    widths: tuple[int, ...]
+    weights: tuple[float, ...]
+    similarity: Similarity = "cosine"
+
+    def __post_init__(self) -> None:
+        if self.similarity not in get_args(Similarity):
+            raise InvalidRequest(f"similarity is one of {', '.join(get_args(Similarity))}, not {self.similarity!r}")
+        if not self.widths or len(self.widths) != len(self.weights):
+            raise InvalidRequest(f"blocks need one weight each: {len(self.widths)} widths, {len(self.weights)} weights")
+        if min(self.widths) < 1:
+            raise InvalidRequest(f"a block holds at least one value; widths are {self.widths}")
+        if not all(w > 0 and math.isfinite(w) for w in self.weights):
+            raise InvalidRequest(f"block weights are positive and finite, not {self.weights}")
+        if self.similarity != "cosine" and len(self.widths) != 1:
+            raise InvalidRequest(f"{self.similarity} compares raw values of one space, not of {len(self.widths)}")
+
+    @property
+    def dimension(self) -> int:
+        """Values over all blocks."""
+        return sum(self.widths)
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Where each block lies on the last axis."""
+        return tuple(slice(end - width, end) for end, width in zip(accumulate(self.widths), self.widths, strict=True))
+
+
+def normalise_rows(x: Float[Tensor, "*rows d"], blocks: Blocks) -> Float[Tensor, "*rows d"]:
+    """Unit blocks for cosine, in at least float32 (a zero block stays zero); `x` itself for dot and neg_l2."""
+    if blocks.similarity != "cosine":
+        return x
+    parts = [_unit(x[..., part]) for part in blocks.slices]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def scores(
+    blocks: Blocks,
+    stored: Float[Tensor, "rows d"] | Float[Tensor, "batch rows d"],
+    state: Float[Tensor, "batch d"],
+    observed: Bool[Tensor, "batch spaces"] | None = None,
+) -> Float[Tensor, "batch rows"]:
+    """K(ξ_μ, x) of every row for every state: Σ_{observed} w_b K_b / Σ_{observed} w_b.
+
+    `stored` is shared by the batch or gathered per cue; for cosine its rows are unit per block already, and the state
+    is normalised here. `observed` marks the blocks that take part (None: all); each state has at least one.
+    """
+    if blocks.similarity == "neg_l2":
+        return -_squared_distances(stored, state)
+    if blocks.similarity == "cosine":
+        state = _folded(blocks, state, observed)
+    query = state.to(stored.dtype)
+    product = query @ stored.T if stored.ndim == 2 else torch.bmm(stored, query.unsqueeze(-1)).squeeze(-1)
+    return product.to(torch.promote_types(product.dtype, torch.float32))
+
+
+def _unit(x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
+    # Norms in float64: squares of float32 values neither overflow (1e30) nor vanish (1e-30) there. A zero row divides
+    # by `tiny` and stays zero.
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64).clamp_min(
+        torch.finfo(torch.float64).tiny
+    )
+    unit: Tensor = x / norm
+    return unit.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _folded(
+    blocks: Blocks, state: Float[Tensor, "batch d"], observed: Bool[Tensor, "batch spaces"] | None
+) -> Float[Tensor, "batch d"]:
+    """The state with norms and weights divided in, so that its dot product with unit rows is the cosine score."""
+    unit = normalise_rows(state, blocks)
+    if len(blocks.widths) == 1:
+        return unit
+    weights = torch.tensor(blocks.weights, dtype=unit.dtype, device=unit.device).expand(state.shape[0], -1)
+    if observed is not None:
+        weights = weights * observed
+    return unit * spread(blocks, weights / weights.sum(-1, keepdim=True))
+
+
+def spread(blocks: Blocks, per_block: Tensor) -> Tensor:
+    """One value per block, (batch, spaces), repeated over the values of its block: (batch, d)."""
+    widths = torch.tensor(blocks.widths, device=per_block.device)
+    return per_block.repeat_interleave(widths, dim=-1, output_size=blocks.dimension)
+
+
+def _squared_distances(
+    stored: Float[Tensor, "rows d"] | Float[Tensor, "batch rows d"], state: Float[Tensor, "batch d"]
+) -> Float[Tensor, "batch rows"]:
+    dtype = torch.promote_types(stored.dtype, torch.float32)
+    stored, state = stored.to(dtype), state.to(dtype)
+    if stored.ndim == 3:
+        return (stored - state.unsqueeze(1)).square().sum(-1)
+    # cdist holds no (batch, rows, d) difference in memory, which a shared matrix of many rows could not afford.
+    return torch.cdist(state, stored, compute_mode="donot_use_mm_for_euclid_dist").square()
