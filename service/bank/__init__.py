@@ -1,0 +1,10 @@
+"""Banks: a collection's patterns in memory, and the search over them. No database, no network.
+
+From outside: a `Bank` is made with a `Layout`, takes `Rows`, and gives a `View`, whose `search` gives `Found`.
+"""
+
+from service.bank.bank import Bank
+from service.bank.layout import Layout, Rows, Similarity, SpaceLayout
+from service.bank.view import Found, View
+
+__all__ = ["Bank", "Found", "Layout", "Rows", "Similarity", "SpaceLayout", "View"]

@@ -1,0 +1,318 @@
+"""Segments: where a bank's rows lie, and how one segment is searched.
+
+Strategy: a segment only ever gets rows appended, by the one writer, beyond the length that readers hold. What a reader
+sees is a `Part`: a segment, a length and a bitmap of dead rows, none of which ever changes. So readers need no lock.
+
+Rules:
+- The tail is the segment that grows; its buffers double, and readers of the old ones keep them. Any other segment is
+  sealed: nothing is appended to it, and it may have a graph per space.
+- Deleting or replacing a row copies the part's bitmap (a byte a row: about 30 µs for a million rows), once per write.
+- Where a space has a graph over all of a segment's rows, the segment's matrix is the graph's storage. A graph leaves
+  out rows that lack its space (equal rows would crowd it), and then keeps its own copy of the others.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from service.bank.index import SEARCH_DEPTH, Alive, Graph
+from service.bank.layout import Layout, Prepared
+
+Queries = dict[str, Tensor]
+"""Per observed space (batch, d_s), scaled so that a row's score is the sum of its inner products with them."""
+
+BLOCK_VALUES_MAX = 2**26
+"""Values in one block of scores or gathered rows: 256 MB of float32. A scan of 10M rows by 256 cues at once would take
+10 GB; blocks this large are already as fast as one."""
+
+SPARSE_SHARE = 0.2
+"""Under this share of alive rows a segment is scanned: HNSW under a selector returned 2.6 of 10 rows at a share of
+.005."""
+
+TAIL_ROWS_MIN = 256
+"""A tail's first capacity: small enough for many small collections, and doubling from here is soon out of the way."""
+
+STRING_BYTES = 49
+"""What a Python string or bytes object takes besides its characters, nearly."""
+
+
+class Segment:
+    """`vectors[space]` (capacity, d_s), `norms[space]` (capacity,), ids and payloads by row."""
+
+    def __init__(self, layout: Layout, device: torch.device, capacity: int = TAIL_ROWS_MIN) -> None:
+        self.layout = layout
+        self.device = device
+        self.count = 0
+        self.vectors = {s.name: torch.zeros(capacity, s.dimension, device=device) for s in layout.spaces}
+        self.norms = {s.name: torch.zeros(capacity, device=device) for s in layout.spaces}
+        self.lacking = dict.fromkeys(layout.names, 0)
+        self.norm_max = 0.0
+        self.ids: list[str] = []
+        self.payloads: list[bytes | None] = []
+        self.graphs: dict[str, Graph] = {}
+        self._newest: dict[str, int] = {}
+        self._older: dict[int, int] = {}  # row → the row of the same id before it
+        self._text_bytes = self._payload_bytes = 0
+
+    @property
+    def capacity(self) -> int:
+        return len(self.norms[self.layout.names[0]])
+
+    def append(self, rows: Prepared) -> None:
+        """Add rows whose ids differ from one another. Only the writer calls this, and only on the tail."""
+        start, stop = self.count, self.count + len(rows.ids)
+        if stop > self.capacity:
+            grown = max(stop, 2 * self.capacity)
+            self.vectors = {name: _grown(block, grown, start) for name, block in self.vectors.items()}
+            self.norms = {name: _grown(block, grown, start) for name, block in self.norms.items()}
+        for name in self.layout.names if rows.ids else ():
+            self.norm_max = max(self.norm_max, float(rows.norms[name].max()))
+            # Counted before they can be seen, so that no reader takes a lacking row for a present one.
+            self.lacking[name] += int((rows.norms[name] == 0).sum())
+            self.vectors[name][start:stop] = rows.vectors[name].to(self.device)
+            self.norms[name][start:stop] = rows.norms[name].to(self.device)
+        self.ids.extend(rows.ids)
+        self.payloads.extend(rows.payloads)
+        for row, memory_id in enumerate(rows.ids, start):
+            if (older := self._newest.get(memory_id)) is not None:
+                self._older[row] = older  # before `_newest`: a reader that finds the new row can step back from it
+            self._newest[memory_id] = row
+        self._text_bytes += sum(map(len, rows.ids)) + STRING_BYTES * len(rows.ids)
+        self._payload_bytes += sum(len(payload) + STRING_BYTES for payload in rows.payloads if payload is not None)
+        self.count = stop
+
+    def newest_row(self, memory_id: str, count: int) -> int | None:
+        """The last row under `count` that has this id."""
+        row = self._newest.get(memory_id)
+        while row is not None and row >= count:
+            row = self._older.get(row)
+        return row
+
+    def build_graphs(self) -> None:
+        """Give a segment that nobody reads yet a graph per space, and let each be its space's matrix where it has every
+        row.
+
+        While one space is built its rows lie in memory twice.
+        """
+        for name in self.layout.names:
+            if self.lacking[name] == self.count:
+                continue
+            vectors = self.vectors[name][: self.count].numpy()
+            if self.lacking[name]:
+                present = torch.nonzero(self.norms[name][: self.count]).flatten().numpy()
+                self.graphs[name] = Graph(vectors[present], self.layout.similarity, present)
+            else:
+                graph = self.graphs[name] = Graph(vectors, self.layout.similarity)
+                self.vectors[name] = torch.from_numpy(graph.matrix)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes per kind: `patterns`, `graph` (with the copies of graphs that leave rows out), `payloads`, `ids`."""
+        blocks = [*self.vectors.values(), *self.norms.values()]
+        return {
+            "patterns": sum(block.nbytes for block in blocks),
+            "graph": sum(g.size_bytes + (g.matrix.nbytes if g.rows is not None else 0) for g in self.graphs.values()),
+            "payloads": self._payload_bytes + sys.getsizeof(self.payloads),
+            "ids": self._text_bytes
+            + sys.getsizeof(self.ids)
+            + sys.getsizeof(self._newest)
+            + sys.getsizeof(self._older),
+        }
+
+
+def _grown(block: Tensor, capacity: int, count: int) -> Tensor:
+    grown = torch.zeros(capacity, *block.shape[1:], device=block.device)
+    grown[:count] = block[:count]
+    return grown
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The first `count` rows of a segment, less the dead ones: what one version of the bank sees of it.
+
+    `dead` is a bool bitmap of at least `count` rows, or None. Rows below are the segment's own, from 0.
+    """
+
+    segment: Segment
+    count: int
+    dead: Tensor | None = None
+    dead_count: int = 0
+
+    @property
+    def alive(self) -> int:
+        return self.count - self.dead_count
+
+    def without(self, rows: Int[Tensor, " n"]) -> Part:
+        """This part with further rows dead; they are alive here and differ."""
+        if not len(rows):
+            return self
+        dead = self._dead_bitmap(self.segment.capacity)
+        dead[rows] = True
+        return replace(self, dead=dead, dead_count=self.dead_count + len(rows))
+
+    def grown(self) -> Part:
+        """This part with all rows that its segment has now."""
+        dead = self.dead
+        if dead is not None and len(dead) < self.segment.count:
+            dead = self._dead_bitmap(self.segment.capacity)
+        return replace(self, count=self.segment.count, dead=dead)
+
+    def _dead_bitmap(self, capacity: int) -> Bool[Tensor, " capacity"]:
+        bitmap = torch.zeros(capacity, dtype=torch.bool, device=self.segment.device)
+        if self.dead is not None:
+            bitmap[: len(self.dead)] = self.dead
+        return bitmap
+
+    def alive_rows(self) -> Int[Tensor, " alive"]:
+        if self.dead is None:
+            return torch.arange(self.count, device=self.segment.device)
+        return torch.nonzero(~self.dead[: self.count]).flatten()
+
+    def row_of(self, memory_id: str) -> int | None:
+        row = self.segment.newest_row(memory_id, self.count)
+        return None if row is None or (self.dead is not None and self.dead[row]) else row
+
+    # --- search -------------------------------------------------------------------------------------------------------
+
+    def search(self, queries: Queries, limit: int, exact: bool) -> tuple[Tensor, Tensor, bool]:
+        """At most `limit` alive rows per cue by falling score: (batch, k) scores, rows (-1 and -inf where none), and
+        whether every row was compared."""
+        if not exact and self.segment.graphs and self.alive >= SPARSE_SHARE * self.count:
+            found = self._search_graphs(queries, limit)
+            if found is not None:
+                return *found, False
+        return *self.scan(queries, limit), True
+
+    def _search_graphs(self, queries: Queries, limit: int) -> tuple[Tensor, Tensor] | None:
+        """None where some graph found fewer rows than it has to give, or than were asked for."""
+        searched = {name: query for name, query in queries.items() if name in self.segment.graphs}
+        # With several spaces a row that is good in all may be nobody's first: take all that a search keeps anyway.
+        wanted = limit if len(queries) == 1 else max(limit, SEARCH_DEPTH)
+        found = []
+        for name, query in searched.items():
+            graph, alive = self.segment.graphs[name], self._alive[name]
+            most = min(wanted, graph.count if alive is None else alive.count)
+            if most == 0:
+                continue
+            scores, rows = graph.search(query.numpy(), most, alive)
+            if rows.min() < 0:
+                return None
+            found.append((torch.from_numpy(scores), torch.from_numpy(rows)))
+        if len(queries) == 1 and found:
+            return found[0]
+        batch = len(next(iter(queries.values())))
+        if not found:
+            return torch.empty(batch, 0), torch.empty(batch, 0, dtype=torch.int64)
+        union = torch.cat([rows for _, rows in found], dim=1).sort(dim=1).values
+        repeated = torch.zeros_like(union, dtype=torch.bool)
+        repeated[:, 1:] = union[:, 1:] == union[:, :-1]
+        return self._rescored(queries, union.masked_fill(repeated, -1), limit)
+
+    @cached_property
+    def _alive(self) -> dict[str, Alive | None]:
+        """Per graph, the rows a search of it may return. Two readers may both compute it; the results are equal."""
+        if self.dead is None:
+            return dict.fromkeys(self.segment.graphs)
+        alive = (~self.dead[: self.count]).numpy()
+        graphs = self.segment.graphs
+        return {name: Alive(alive if g.rows is None else alive[g.rows]) for name, g in graphs.items()}
+
+    def scan(self, queries: Queries, limit: int) -> tuple[Tensor, Tensor]:
+        """As `search`, comparing every alive row."""
+        batch = len(next(iter(queries.values())))
+        sparse = self.alive_rows() if self.alive < SPARSE_SHARE * self.count else None
+        total = self.count if sparse is None else self.alive
+        # A block is bounded both as scores (batch × rows) and as gathered rows (rows × values).
+        step = max(1, BLOCK_VALUES_MAX // max(batch, self.segment.layout.dimension))
+        best_scores = torch.empty(batch, 0, device=self.segment.device)
+        best_rows = torch.empty(batch, 0, dtype=torch.int64, device=self.segment.device)
+        for start in range(0, total, step):
+            stop = min(start + step, total)
+            scores = self._block_scores(queries, slice(start, stop) if sparse is None else sparse[start:stop])
+            top = scores.topk(min(limit, stop - start))
+            rows = top.indices + start if sparse is None else sparse[start:stop][top.indices]
+            if start == 0:
+                best_scores, best_rows = top.values, rows
+            else:
+                both = torch.cat([best_scores, top.values], dim=1)
+                merged = both.topk(min(limit, both.shape[1]))
+                best_scores, best_rows = merged.values, torch.cat([best_rows, rows], dim=1).gather(1, merged.indices)
+        best_rows = best_rows.masked_fill(best_scores == -torch.inf, -1)
+        if self.segment.layout.similarity == "neg_l2":
+            # 2⟨x, ξ⟩ − ‖ξ‖² − ‖x‖² loses digits where the three are large and the distance small.
+            return self._rescored(queries, best_rows, limit)
+        return best_scores, best_rows
+
+    def _block_scores(self, queries: Queries, chosen: slice | Tensor) -> Float[Tensor, "batch rows"]:
+        """Scores of a block of rows; -inf for dead rows and for those that lack every space of the cue."""
+        segment = self.segment
+        total: Tensor | None = None
+        hidden = None if self.dead is None else self.dead[: self.count][chosen]
+        lacking: Tensor | None = None
+        for position, (name, query) in enumerate(queries.items()):
+            norms = segment.norms[name][: self.count][chosen]
+            scores = query @ segment.vectors[name][: self.count][chosen].T
+            if segment.layout.similarity == "neg_l2":
+                scores = scores.mul_(2).sub_(norms.square()).sub_(query.square().sum(dim=1, keepdim=True))
+            total = scores if total is None else total.add_(scores)
+            if segment.lacking[name] == 0:
+                lacking = None
+            elif position == 0:
+                lacking = norms == 0
+            elif lacking is not None:
+                lacking = lacking & (norms == 0)
+        assert total is not None, "a cue observes at least one space"
+        for mask in (hidden, lacking):
+            if mask is not None:
+                total.masked_fill_(mask, -torch.inf)
+        return total
+
+    def _rescored(self, queries: Queries, rows: Int[Tensor, "batch k"], limit: int) -> tuple[Tensor, Tensor]:
+        """The best `limit` of given rows (-1: none) by scores computed row by row."""
+        step = max(1, BLOCK_VALUES_MAX // max(1, rows.shape[1] * self.segment.layout.dimension))
+        scores = torch.zeros(rows.shape, device=rows.device)
+        for start in range(0, len(rows), step):
+            some = slice(start, start + step)
+            for name, query in queries.items():
+                block = self.segment.vectors[name][rows[some].clamp_min(0)]
+                if self.segment.layout.similarity == "neg_l2":
+                    scores[some] -= (block - query[some, None]).square().sum(dim=2)
+                else:
+                    scores[some] += torch.bmm(block, query[some, :, None]).squeeze(2)
+        top = scores.masked_fill_(rows < 0, -torch.inf).topk(min(limit, rows.shape[1]))
+        return top.values, rows.gather(1, top.indices)
+
+
+def merge(parts: Sequence[Part], with_graphs: bool) -> tuple[Segment, list[Int[Tensor, " count"]]]:
+    """One sealed segment of the alive rows of `parts`, and for each part where its rows went (-1: dead).
+
+    Reads the parts only, so it needs no lock; it takes as long as its graphs take to build.
+    """
+    layout, device = parts[0].segment.layout, parts[0].segment.device
+    kept = [part.alive_rows() for part in parts]
+    merged = Segment(layout, device, capacity=max(1, sum(map(len, kept))))
+    moved = []
+    for part, rows in zip(parts, kept, strict=True):
+        segment = part.segment
+        target = torch.full((part.count,), -1, device=device)
+        target[rows] = torch.arange(merged.count, merged.count + len(rows), device=device)
+        moved.append(target)
+        chosen: slice | Tensor = slice(part.count) if part.dead is None else rows
+        numbers = rows.tolist()
+        merged.append(
+            Prepared(
+                [segment.ids[row] for row in numbers],
+                {name: block[chosen] for name, block in segment.vectors.items()},
+                {name: block[chosen] for name, block in segment.norms.items()},
+                [segment.payloads[row] for row in numbers],
+            )
+        )
+    if with_graphs:
+        merged.build_graphs()
+    return merged, moved

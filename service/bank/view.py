@@ -1,0 +1,234 @@
+"""A view: all of a bank at one version, and every question that a recall asks of it.
+
+Rules:
+- A view never changes, and taking one is a single attribute read. Whoever answers a request takes one view and asks
+  only it.
+- Row numbers are a view's own: they mean nothing to another view. -1 stands for "no row" everywhere.
+- score = Σ_s w_s cos(x_s, ξ_s) / Σ_s w_s over the cue's spaces under cosine; ⟨x, ξ⟩ under dot; −‖x − ξ‖² under neg_l2.
+- Tensors come back on the bank's device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from service.bank.layout import Layout, unit_rows
+from service.bank.segment import Part, Queries, Segment
+from service.errors import InvalidRequest, NothingObserved, WrongDimension
+
+MATRIX_BYTES_MAX = 2**30
+"""What `View.matrix` copies at most: a dense recall over more takes seconds a step, and every version would keep a
+copy."""
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """`rows` (batch, limit) int64, -1 padded; `scores` (batch, limit) float32, falling, -inf padded.
+
+    `exact`: every row was compared, so nothing outside scores above the last one (ties are broken at will; under
+    `neg_l2` up to the rounding of 2⟨x, ξ⟩ − ‖ξ‖² − ‖x‖²).
+    """
+
+    rows: Int[Tensor, "batch limit"]
+    scores: Float[Tensor, "batch limit"]
+    exact: bool
+
+
+class View:
+    def __init__(self, layout: Layout, device: torch.device, parts: tuple[Part, ...], version: int) -> None:
+        self.layout = layout
+        self.device = device
+        self.parts = parts
+        self.version = version
+        self.count = sum(part.alive for part in parts)
+        """Memories in this view."""
+        starts = [0]
+        for part in parts:
+            starts.append(starts[-1] + part.count)
+        self.starts = tuple(starts)
+        """Part i has the rows from starts[i] up to starts[i + 1], dead ones among them."""
+
+    @property
+    def norm_max(self) -> float:
+        """A bound of ‖ξ‖ over patterns as `gather` gives them; rows that died since the last seal may hold it up."""
+        if self.layout.similarity == "cosine":
+            return math.sqrt(len(self.layout.spaces))
+        return max(part.segment.norm_max for part in self.parts)
+
+    # --- search -------------------------------------------------------------------------------------------------------
+
+    def search(
+        self,
+        cue: Mapping[str, Float[Tensor, "batch d"]],
+        weights: Mapping[str, float],
+        limit: int,
+        exact: bool = False,
+        exclude: Int[Tensor, " batch"] | None = None,
+    ) -> Found:
+        """The `limit` best memories for each cue.
+
+        `cue` has the observed spaces alone, raw; `weights` at least theirs, positive. `exact` compares every row, else
+        graphs may be used. `exclude` names one row per cue to leave out (-1: none), as when a stored memory is its own
+        cue. Raises UnknownSpace, WrongDimension, NothingObserved, InvalidRequest.
+        """
+        if limit < 1:
+            raise InvalidRequest(f"limit must be at least 1, found {limit}.")
+        queries = self._queries(cue, weights)
+        wanted = limit if exclude is None else limit + 1
+        scores, rows, all_compared = self._merged(queries, wanted, exact)
+        if exclude is not None:
+            # The one row more makes up for the row that is left out.
+            left_out = (rows == exclude.to(rows.device)[:, None]) & (rows >= 0)
+            top = scores.masked_fill(left_out, -torch.inf).topk(min(limit, rows.shape[1]))
+            scores, rows = top.values, rows.masked_fill(left_out, -1).gather(1, top.indices)
+        if (short := limit - rows.shape[1]) > 0:
+            scores = torch.nn.functional.pad(scores, (0, short), value=-torch.inf)
+            rows = torch.nn.functional.pad(rows, (0, short), value=-1)
+        return Found(rows, scores, all_compared)
+
+    def _queries(self, cue: Mapping[str, Tensor], weights: Mapping[str, float]) -> Queries:
+        if not cue:
+            raise NothingObserved("A cue needs at least one space.")
+        total = sum(weights[name] for name in cue)
+        if min(weights[name] for name in cue) <= 0:
+            raise InvalidRequest("The weights of a cue's spaces must be positive.")
+        queries = {}
+        for name, block in cue.items():
+            dimension = self.layout.space(name).dimension
+            if block.ndim != 2 or block.shape[1] != dimension:
+                raise WrongDimension(f"Space {name!r} takes (batch, {dimension}), found {tuple(block.shape)}.")
+            query = block.detach().to(self.device, torch.float32)
+            if self.layout.similarity == "cosine":
+                query = unit_rows(query)[0]
+                if len(cue) > 1:
+                    query = query * (weights[name] / total)
+            queries[name] = query.contiguous()
+        return queries
+
+    def _merged(self, queries: Queries, limit: int, exact: bool) -> tuple[Tensor, Tensor, bool]:
+        found = [
+            (start, *part.search(queries, limit, exact))
+            for start, part in zip(self.starts, self.parts, strict=False)
+            if part.alive
+        ]
+        if not found:
+            batch = len(next(iter(queries.values())))
+            nothing = torch.empty(batch, 0, device=self.device)
+            return nothing, nothing.to(torch.int64), True
+        all_compared = all(compared for *_, compared in found)
+        # A segment's row -1 stays -1 wherever the segment starts.
+        moved = [rows if start == 0 else torch.where(rows < 0, rows, rows + start) for start, _, rows, _ in found]
+        if len(found) == 1:
+            return found[0][1], moved[0], all_compared
+        scores = torch.cat([scores for _, scores, _, _ in found], dim=1)
+        top = scores.topk(min(limit, scores.shape[1]))
+        return top.values, torch.cat(moved, dim=1).gather(1, top.indices), all_compared
+
+    # --- patterns -----------------------------------------------------------------------------------------------------
+
+    def gather(self, rows: Int[Tensor, "batch k"]) -> Float[Tensor, "batch k D"]:
+        """Blocks of rows as the similarity sees them (unit under cosine), concatenated in the layout's order; zeros at
+        -1."""
+        blocks = [self._block(rows, name) for name in self.layout.names]
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+
+    def read_out(
+        self, rows: Int[Tensor, "batch k"], weights: Float[Tensor, "batch k"], space: str
+    ) -> Float[Tensor, "batch d"]:
+        """Σ_μ p_μ ξ_μ over raw values: what a recalled state is in the space's own units (for a decoder)."""
+        self.layout.space(space)
+        if self.layout.similarity == "cosine":
+            norms = rows.new_zeros(rows.shape, dtype=torch.float32)
+            for part, there, local in self._split(rows):
+                norms[there] = part.segment.norms[space][local]
+            weights = weights * norms
+        return torch.bmm(weights[:, None, :].to(torch.float32), self._block(rows, space)).squeeze(1)
+
+    def matrix(self) -> tuple[Float[Tensor, "count D"], Int[Tensor, " count"]]:
+        """All memories for a dense support: their concatenated blocks (as `gather`) and their row numbers.
+
+        With one space, one segment and no dead row this is the segment's own matrix (do not write to it); else a copy,
+        made once per view. Raises InvalidRequest where the copy would exceed 1 GiB (MATRIX_BYTES_MAX).
+        """
+        return self._matrix
+
+    @cached_property
+    def _matrix(self) -> tuple[Tensor, Tensor]:
+        rows = self._alive_rows
+        filled = [part for part in self.parts if part.count]
+        if len(filled) == 1 and len(self.layout.spaces) == 1 and filled[0].dead is None:
+            return filled[0].segment.vectors[self.layout.names[0]][: filled[0].count], rows
+        size_bytes = 4 * self.count * self.layout.dimension
+        if size_bytes > MATRIX_BYTES_MAX:
+            raise InvalidRequest(
+                f"A dense support over {self.count} memories needs a copy of {size_bytes:,} bytes, and "
+                f"{MATRIX_BYTES_MAX:,} is the most: ask for a number of rows as support."
+            )
+        return self.gather(rows[None]).squeeze(0), rows
+
+    def _block(self, rows: Tensor, space: str) -> Tensor:
+        dimension = self.layout.space(space).dimension
+        split = self._split(rows)
+        if len(split) == 1 and split[0][1].all():
+            part, _, local = split[0]
+            return part.segment.vectors[space].index_select(0, local).view(*rows.shape, dimension)
+        block = torch.zeros(*rows.shape, dimension, device=self.device)
+        for part, there, local in split:
+            block[there] = part.segment.vectors[space][local]
+        return block
+
+    def _split(self, rows: Tensor) -> list[tuple[Part, Tensor, Tensor]]:
+        """Per part that some rows lie in: the part, where in `rows` they are, and their numbers in its segment."""
+        split = []
+        for start, stop, part in zip(self.starts, self.starts[1:], self.parts, strict=False):
+            there = (rows >= start) & (rows < stop)
+            if bool(there.any()):
+                split.append((part, there, rows[there] - start))
+        return split
+
+    # --- ids and payloads ---------------------------------------------------------------------------------------------
+
+    def ids(self, rows: Int[Tensor, "batch k"]) -> list[list[str | None]]:
+        """The ids of rows; None at -1."""
+        return [[None if at is None else at[0].ids[at[1]] for at in line] for line in self._located(rows)]
+
+    def payloads(self, rows: Int[Tensor, "batch k"]) -> list[list[bytes | None]]:
+        """The JSON payloads of rows; None where a memory has none, and at -1."""
+        return [[None if at is None else at[0].payloads[at[1]] for at in line] for line in self._located(rows)]
+
+    def rows_of(self, ids: Iterable[str]) -> Int[Tensor, " n"]:
+        """The rows of ids, -1 for those that this view does not have."""
+        return torch.tensor([self._row_of(memory_id) for memory_id in ids], dtype=torch.int64, device=self.device)
+
+    def _row_of(self, memory_id: str) -> int:
+        for start, part in zip(self.starts, self.parts, strict=False):
+            if (row := part.row_of(memory_id)) is not None:
+                return start + row
+        return -1
+
+    def _located(self, rows: Tensor) -> list[list[tuple[Segment, int] | None]]:
+        return [[self._locate(row) for row in line] for line in rows.tolist()]
+
+    def _locate(self, row: int) -> tuple[Segment, int] | None:
+        if row == -1:
+            return None
+        for start, stop, part in zip(self.starts, self.starts[1:], self.parts, strict=False):
+            if start <= row < stop:
+                return part.segment, row - start
+        raise IndexError(f"this view has no row {row}")
+
+    def sample(self, n: int, seed: int) -> Int[Tensor, " n"]:
+        """Rows of min(n, count) memories, drawn without replacement; the same for one view and seed."""
+        chosen = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed))[:n]
+        return self._alive_rows[chosen.to(self.device)]
+
+    @cached_property
+    def _alive_rows(self) -> Tensor:
+        return torch.cat([part.alive_rows() + start for start, part in zip(self.starts, self.parts, strict=False)])
