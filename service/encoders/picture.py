@@ -26,6 +26,9 @@ from service.errors import ImageTooLarge, InvalidImage, NothingObserved, Truncat
 PIXELS_MAX = 50_000_000
 """The largest picture read: above any camera in common use (48 megapixels), and 150 MB once it is RGB."""
 
+SIDE_MAX = 32_768
+"""The longest side read: a picture 1 pixel high and 50,000,000 wide is within the limit above and breaks whoever resizes it."""
+
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 _MEDIA_TYPES = {name: f"image/{name.lower()}" for name in FORMATS}
@@ -92,7 +95,7 @@ def read_picture(data: bytes, mask: bytes | None = None, pixels_max: int = PIXEL
     `mask` is an image file of any size: where it is brighter than half of its own brightest point (so white on black, in 0/1 or
     0/255, and also after JPEG's ringing) the picture is **missing**. It is resized to the upright picture by nearest neighbour.
 
-    Raises `UnsupportedImageFormat`, `ImageTooLarge` (more than `pixels_max` pixels), `TruncatedImage`, `InvalidImage`, and
+    Raises `UnsupportedImageFormat`, `ImageTooLarge` (more than `pixels_max` pixels, a side over `SIDE_MAX`), `TruncatedImage`, `InvalidImage`, and
     `NothingObserved` when the mask leaves nothing.
     """
     pixels, warnings = _decode(data, pixels_max)
@@ -133,7 +136,9 @@ def _format(data: bytes) -> str:
         raise InvalidImage(f"the file is empty; {accepted}")
     if data[4:8] == b"ftyp":
         brand = data[8:12].decode("ascii", "replace")
-        raise UnsupportedImageFormat(f"an ISO media file (brand {brand!r}; HEIC and AVIF are such) is not read; {accepted}")
+        raise UnsupportedImageFormat(
+            f"an ISO media file (brand {brand!r}; HEIC and AVIF are such) is not read; {accepted}"
+        )
     start = data[:64].lstrip()
     for signature, name in _REFUSED_SIGNATURES:
         if start.startswith(signature):
@@ -178,7 +183,11 @@ def _check_size(width: int, height: int, pixels_max: int) -> None:
     if width < 1 or height < 1:
         raise InvalidImage(f"the picture is empty ({width}x{height})")
     if width * height > pixels_max:
-        raise ImageTooLarge(f"the picture has {width}x{height} = {width * height:,} pixels; at most {pixels_max:,} are read")
+        raise ImageTooLarge(
+            f"the picture has {width}x{height} = {width * height:,} pixels; at most {pixels_max:,} are read"
+        )
+    if max(width, height) > SIDE_MAX:
+        raise ImageTooLarge(f"the picture is {width}x{height}; a side is at most {SIDE_MAX:,} pixels")
 
 
 def _ends_early(data: bytes, name: str, error: Exception) -> bool:

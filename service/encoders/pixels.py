@@ -101,9 +101,7 @@ class Pixels:
         shaped = drawn.reshape(-1, self._size, self._size, self._channels)
         return list(np.broadcast_to(shaped, (*shaped.shape[:3], 3)))
 
-    def _latents(
-        self, thumbnails: NDArray[np.float32], seen: NDArray[np.bool_] | None
-    ) -> NDArray[np.float32]:
+    def _latents(self, thumbnails: NDArray[np.float32], seen: NDArray[np.bool_] | None) -> NDArray[np.float32]:
         """(n, size, size, 3) cells and (n, size, size) whether each is observed → (n, dimension)."""
         values = thumbnails if self._channels == 3 else thumbnails @ LUMA[:, None]
         weights = np.ones((*values.shape[:3], 1), np.float32) if seen is None else seen[..., None].astype(np.float32)
@@ -128,8 +126,20 @@ def _stacks(pictures: Sequence[Picture]) -> list[list[int]]:
     return stacks
 
 
-@lru_cache(maxsize=256)  # an entry is at most 128 x 50,000 values, and a collection's pictures share few side lengths
+LENGTH_CACHED_MAX = 4096
+"""Longer sides are rare and their matrices large: with the cache's 64 entries this bounds it to 128 MB, 8 MB in common use."""
+
+
 def _averaging(length: int, size: int) -> NDArray[np.float32]:
+    return _averaging_cached(length, size) if length <= LENGTH_CACHED_MAX else _averaging_matrix(length, size)
+
+
+@lru_cache(maxsize=64)  # a collection's pictures share few side lengths
+def _averaging_cached(length: int, size: int) -> NDArray[np.float32]:
+    return _averaging_matrix(length, size)
+
+
+def _averaging_matrix(length: int, size: int) -> NDArray[np.float32]:
     """(size, length): row i holds the share of cell i's extent that each of `length` pixels covers; rows sum to 1."""
     edges = np.arange(size + 1, dtype=np.float64) * (length / size)
     starts = np.arange(length, dtype=np.float64)
