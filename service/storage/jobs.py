@@ -1,0 +1,323 @@
+"""Jobs: work that was accepted and is done later, as rows that survive the process.
+
+Life of a job (every other change of status is refused or ignored, as the method says):
+
+    queued ──claim──▶ running ──finish──▶ done
+      │                │  ▲  └──fail────▶ failed
+      │                │  └─claim, once its lease has run out; after ATTEMPTS_MAX of them ──▶ dead
+      └────cancel──────┴─────────────────▶ cancelled
+
+Rules:
+- A job belongs to its claimer until its lease runs out; heartbeats renew it. A claimer that died therefore loses it by
+  itself.
+- `attempts` counts claims since the job last answered an item: a job that moves forward is not dead however often it is
+  interrupted.
+- Items are answered in the transaction that does their work, once, and only while the job runs: nothing is done twice,
+  and nothing is stored after `cancel` returned.
+- A job that is done or cancelled keeps its result, not its items. One that failed or died keeps them until it is
+  removed.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal
+
+from sqlalchemy import Connection, bindparam, delete, exists, insert, or_, select, update
+from sqlalchemy.exc import IntegrityError
+
+from service.errors import CollectionNotFound, Conflict, OperationNotFound
+from service.storage.database import Database
+from service.storage.tables import job_items, jobs
+from service.storage.writer import Writer
+
+Status = Literal["queued", "running", "done", "failed", "cancelled", "dead"]
+ENDED: tuple[Status, ...] = ("done", "failed", "cancelled", "dead")
+
+ATTEMPTS_MAX = 5
+"""Claims without progress after which a job is taken to be what kills its worker."""
+
+LEASE_S = 60.0
+"""Far above the seconds between two heartbeats, so that a slow machine does not lose its jobs; short enough to wait
+for."""
+
+ENDED_KEPT_S = 7 * 24 * 3600.0
+"""How long an ended job can be asked about."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as its row says. `progress` is in 0..1; `attempts` counts claims since it last moved forward."""
+
+    id: str
+    collection_id: int | None
+    kind: str
+    status: Status
+    progress: float
+    payload: dict[str, Any]
+    result: dict[str, Any] | None
+    error: dict[str, Any] | None
+    attempts: int
+    created_at: datetime
+    updated_at: datetime
+
+
+@dataclass(frozen=True)
+class NewItem:
+    """An item to be worked on. `blob_hash` names the original it needs, which is kept until the item is answered."""
+
+    body: dict[str, Any]
+    blob_hash: str | None = None
+
+
+@dataclass(frozen=True)
+class JobItem:
+    """An item that waits for its answer. `position` is its place in the request."""
+
+    position: int
+    body: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ItemAnswer:
+    """What became of an item."""
+
+    position: int
+    status: Literal["done", "failed"]
+    result: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class JobItems:
+    """The items of a job that a batch of writes answers: write i is item `positions[i]`; `notes[i]`, if given, joins
+    its result."""
+
+    job_id: str
+    positions: Sequence[int]
+    notes: Sequence[Mapping[str, Any]] = field(default=())
+
+
+_JOB_COLUMNS = tuple(jobs.c[each.name] for each in fields(Job))
+
+
+class Jobs:
+    """The job methods of `Repository`."""
+
+    _database: Database
+    _writer: Writer
+
+    def enqueue(
+        self, kind: str, collection_id: int | None, payload: dict[str, Any], items: Sequence[NewItem] = ()
+    ) -> str:
+        """Queue a job with its items and return its id; it is on disk then. Raises `CollectionNotFound`."""
+        id_ = str(uuid.uuid4())
+        now = datetime.now(UTC)
+        job = {
+            "id": id_,
+            "collection_id": collection_id,
+            "kind": kind,
+            "status": "queued",
+            "progress": 0.0,
+            "payload": payload,
+            "attempts": 0,
+            "created_at": now,
+            "updated_at": now,
+        }
+
+        def run(connection: Connection) -> None:
+            try:
+                key = connection.execute(insert(jobs).returning(jobs.c.key), job).scalar_one()
+            except IntegrityError:
+                raise CollectionNotFound("The collection was deleted.") from None
+            if items:
+                rows = [
+                    {"job_key": key, "position": i, "body": item.body, "blob_hash": item.blob_hash, "status": "queued"}
+                    for i, item in enumerate(items)
+                ]
+                connection.execute(insert(job_items), rows)
+
+        self._writer.submit(run)
+        return id_
+
+    def claim(self, kinds: Sequence[str], owner: str, lease_s: float = LEASE_S) -> Job | None:
+        """Take the oldest job of these kinds that is queued, or running with a lease that has run out; None if there is
+        none.
+
+        Jobs found with `ATTEMPTS_MAX` attempts are declared dead on the way.
+        """
+
+        def run(connection: Connection) -> Job | None:
+            now = datetime.now(UTC)
+            free = or_(jobs.c.status == "queued", (jobs.c.status == "running") & (jobs.c.lease_until <= now))
+            oldest = (
+                select(jobs.c.key, jobs.c.attempts).where(jobs.c.kind.in_(kinds), free).order_by(jobs.c.key).limit(1)
+            )
+            while row := connection.execute(oldest.with_for_update(skip_locked=True)).one_or_none():
+                this = update(jobs).where(jobs.c.key == row.key)
+                if row.attempts >= ATTEMPTS_MAX:
+                    error = {
+                        "code": "dead",
+                        "detail": f"The job was interrupted {ATTEMPTS_MAX} times without progress.",
+                    }
+                    connection.execute(this.values(status="dead", error=error, lease_until=None, updated_at=now))
+                    continue
+                connection.execute(
+                    this.values(
+                        status="running",
+                        owner=owner,
+                        attempts=row.attempts + 1,
+                        lease_until=now + timedelta(seconds=lease_s),
+                        updated_at=now,
+                    )
+                )
+                return Job(*connection.execute(select(*_JOB_COLUMNS).where(jobs.c.key == row.key)).one())
+            return None
+
+        return self._writer.submit(run)
+
+    def heartbeat(self, id_: str, owner: str, progress: float, lease_s: float = LEASE_S) -> bool:
+        """Renew the lease and note the progress (0..1). False means stop: the job is no longer `owner`'s (cancelled,
+        deleted, taken)."""
+        now = datetime.now(UTC)
+        mine = (jobs.c.id == id_) & (jobs.c.owner == owner) & (jobs.c.status == "running")
+        values = {"progress": progress, "lease_until": now + timedelta(seconds=lease_s), "updated_at": now}
+        return self._writer.submit(
+            lambda connection: connection.execute(update(jobs).where(mine).values(values)).rowcount == 1
+        )
+
+    def finish(self, id_: str, result: dict[str, Any]) -> bool:
+        """The job is done. False (and nothing changes) if it no longer runs: cancelled, deleted, or finished by
+        another."""
+        return self._writer.submit(lambda connection: _end(connection, id_, "done", progress=1.0, result=result))
+
+    def fail(self, id_: str, error: dict[str, Any]) -> bool:
+        """The job cannot be done; `error` is {"code", "detail"}. False (and nothing changes) if it no longer runs."""
+        return self._writer.submit(lambda connection: _end(connection, id_, "failed", error=error))
+
+    def cancel(self, id_: str) -> Job:
+        """Cancel a job that is queued or running; one cancelled before stays so. What it has already done is kept.
+
+        Raises `OperationNotFound`, and `Conflict` if the job has ended otherwise.
+        """
+
+        def run(connection: Connection) -> Job:
+            job = _get(connection, id_)
+            if job.status in ENDED and job.status != "cancelled":
+                raise Conflict(f"The operation {id_} has ended: {job.status}.")
+            _end(connection, id_, "cancelled")
+            return _get(connection, id_)
+
+        return self._writer.submit(run)
+
+    def get_job(self, id_: str) -> Job:
+        """Raises `OperationNotFound`."""
+        with self._database.read() as connection:
+            return _get(connection, id_)
+
+    def list_jobs(self, limit: int) -> list[Job]:
+        """The `limit` jobs queued last, the newest first."""
+        with self._database.read() as connection:
+            rows = connection.execute(select(*_JOB_COLUMNS).order_by(jobs.c.key.desc()).limit(limit))
+            return [Job(*row) for row in rows]
+
+    def has_pending(self, collection_id: int, kind: str) -> bool:
+        """Whether a job of this kind is queued or running for the collection."""
+        pending = (
+            (jobs.c.collection_id == collection_id) & (jobs.c.kind == kind) & jobs.c.status.in_(("queued", "running"))
+        )
+        with self._database.read() as connection:
+            return bool(connection.execute(select(exists().where(pending))).scalar_one())
+
+    def pending_items(self, job_id: str, limit: int) -> list[JobItem]:
+        """The first `limit` items that are not answered yet, in order."""
+        query = (
+            select(job_items.c.position, job_items.c.body)
+            .join(jobs)
+            .where(jobs.c.id == job_id, job_items.c.status == "queued")
+            .order_by(job_items.c.position)
+            .limit(limit)
+        )
+        with self._database.read() as connection:
+            return [JobItem(*row) for row in connection.execute(query)]
+
+    def finish_items(self, job_id: str, answers: Sequence[ItemAnswer]) -> None:
+        """Answer items without storing anything (those that failed, as a rule). Raises as `answer_items` does."""
+        self._writer.submit(lambda connection: answer_items(connection, job_id, answers))
+
+    def item_answers(self, job_id: str) -> list[ItemAnswer]:
+        """The items answered so far, in order; gone once the job is done or cancelled."""
+        query = (
+            select(job_items.c.position, job_items.c.status, job_items.c.result)
+            .join(jobs)
+            .where(jobs.c.id == job_id, job_items.c.status != "queued")
+            .order_by(job_items.c.position)
+        )
+        with self._database.read() as connection:
+            return [ItemAnswer(*row) for row in connection.execute(query)]
+
+    def release_leases(self) -> None:
+        """End all leases, so that jobs of a former process can be claimed at once. For the one owner of a database, at
+        open."""
+        now = datetime.now(UTC)
+        ended = update(jobs).where(jobs.c.status == "running").values(lease_until=now)
+        self._writer.submit(lambda connection: connection.execute(ended))
+
+    def remove_ended_jobs(self, older_than_s: float = ENDED_KEPT_S) -> int:
+        """Remove the jobs that ended longer ago than this; their number is returned."""
+        before = datetime.now(UTC) - timedelta(seconds=older_than_s)
+        old = delete(jobs).where(jobs.c.status.in_(ENDED), jobs.c.updated_at <= before)
+        return self._writer.submit(lambda connection: connection.execute(old).rowcount)
+
+
+def answer_items(connection: Connection, job_id: str, answers: Sequence[ItemAnswer]) -> None:
+    """Answer items of a running job, in the caller's transaction.
+
+    Raises `Conflict`, so that the caller's work is undone with it, if the job no longer runs (cancelled, deleted) or
+    one of the items has been answered before.
+    """
+    now = datetime.now(UTC)
+    running = (jobs.c.id == job_id) & (jobs.c.status == "running")
+    key = connection.execute(
+        update(jobs).where(running).values(attempts=0, updated_at=now).returning(jobs.c.key)
+    ).scalar()
+    if key is None:
+        raise Conflict(f"The operation {job_id} no longer runs.")
+    if not answers:
+        return
+    query = (
+        update(job_items)
+        .where(
+            job_items.c.job_key == key,
+            job_items.c.position == bindparam("at"),
+            job_items.c.status == "queued",
+        )
+        .values(status=bindparam("outcome"), result=bindparam("answer"))
+    )
+    rows = [{"at": each.position, "outcome": each.status, "answer": each.result} for each in answers]
+    if connection.execute(query, rows).rowcount != len(answers):
+        raise Conflict(f"Items of the operation {job_id} have been answered before.")
+
+
+def _end(connection: Connection, id_: str, status: Status, **values: Any) -> bool:
+    """Move a job to an end from where that is allowed; whether it was."""
+    begins: tuple[Status, ...] = ("queued", "running") if status == "cancelled" else ("running",)
+    query = (
+        update(jobs)
+        .where(jobs.c.id == id_, jobs.c.status.in_(begins))
+        .values(status=status, lease_until=None, updated_at=datetime.now(UTC), **values)
+        .returning(jobs.c.key)
+    )
+    key = connection.execute(query).scalar()
+    if key is not None and status != "failed":
+        connection.execute(delete(job_items).where(job_items.c.job_key == key))
+    return key is not None
+
+
+def _get(connection: Connection, id_: str) -> Job:
+    row = connection.execute(select(*_JOB_COLUMNS).where(jobs.c.id == id_)).one_or_none()
+    if row is None:
+        raise OperationNotFound(f"There is no operation {id_!r}.")
+    return Job(*row)

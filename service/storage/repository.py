@@ -1,0 +1,136 @@
+"""All rows of one database behind one object: collections and gates here, memories and jobs in the modules of their
+names.
+
+Rules:
+- Whoever writes goes through the `Writer` and is answered after the commit; whoever reads sees one state of the
+  database.
+- Callers name a collection by name once and by its number from then on: a number is never used again, so a collection
+  that was deleted and made anew under the same name is not mistaken for the old one.
+- Nothing of SQL leaves this package: values in, frozen records out, errors from the tree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Connection, Select, delete, func, insert, select
+from sqlalchemy.exc import IntegrityError
+
+from service.errors import CollectionExists, CollectionNotFound
+from service.storage.database import Database
+from service.storage.jobs import Jobs
+from service.storage.memories import Memories
+from service.storage.tables import collections, gates, memories, name_versions
+from service.storage.writer import Writer
+
+
+@dataclass(frozen=True)
+class Collection:
+    """`version` is the number of its last write, `count` the number of its memories."""
+
+    id: int
+    name: str
+    config: dict[str, Any]
+    version: int
+    created_at: datetime
+    count: int
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A calibration record and when it was made."""
+
+    record: dict[str, Any]
+    created_at: datetime
+
+
+class Repository(Memories, Jobs):
+    """Everything stored in one database. Safe to use from several threads."""
+
+    def __init__(self, database: Database, writer: Writer) -> None:
+        self._database = database
+        self._writer = writer
+
+    def create_collection(self, name: str, config: dict[str, Any]) -> Collection:
+        """An empty collection at version 0, or where the versions of a deleted one of this name stopped. Raises
+        `CollectionExists`."""
+
+        def run(connection: Connection) -> Collection:
+            last = connection.execute(select(name_versions.c.version).where(name_versions.c.name == name)).scalar()
+            version, now = last or 0, datetime.now(UTC)
+            row = insert(collections).values(name=name, config=config, version=version, created_at=now)
+            try:
+                id_ = connection.execute(row.returning(collections.c.id)).scalar_one()
+            except IntegrityError:
+                raise CollectionExists(f"A collection named {name!r} exists.") from None
+            return Collection(id_, name, config, version, now, count=0)
+
+        return self._writer.submit(run)
+
+    def get_collection(self, name: str) -> Collection:
+        """Raises `CollectionNotFound`."""
+        with self._database.read() as connection:
+            row = connection.execute(_collections().where(collections.c.name == name)).one_or_none()
+        if row is None:
+            raise _not_found(name)
+        return Collection(*row)
+
+    def list_collections(self) -> list[Collection]:
+        """All collections by name."""
+        with self._database.read() as connection:
+            return [Collection(*row) for row in connection.execute(_collections().order_by(collections.c.name))]
+
+    def delete_collection(self, name: str) -> None:
+        """Delete a collection with its memories, patterns, gates and jobs in one transaction; deleting takes a version.
+
+        Its blobs are left to `Blobs.remove_unreferenced`. Raises `CollectionNotFound`.
+        """
+
+        def run(connection: Connection) -> None:
+            this = collections.c.name == name
+            version = connection.execute(select(collections.c.version).where(this).with_for_update()).scalar()
+            if version is None:
+                raise _not_found(name)
+            connection.execute(delete(name_versions).where(name_versions.c.name == name))
+            connection.execute(insert(name_versions).values(name=name, version=version + 1))
+            connection.execute(delete(collections).where(this))
+
+        self._writer.submit(run)
+
+    def put_gate(self, collection_id: int, modality: str, record: dict[str, Any]) -> None:
+        """Keep the calibration record of a modality in place of any earlier one. Raises `CollectionNotFound`."""
+
+        def run(connection: Connection) -> None:
+            row = {"collection_id": collection_id, "modality": modality}
+            connection.execute(delete(gates).filter_by(**row))
+            try:
+                connection.execute(insert(gates).values(**row, record=record, created_at=datetime.now(UTC)))
+            except IntegrityError:
+                raise CollectionNotFound("The collection was deleted.") from None
+
+        self._writer.submit(run)
+
+    def get_gates(self, collection_id: int) -> dict[str, Gate]:
+        """The calibration records by modality."""
+        query = select(gates.c.modality, gates.c.record, gates.c.created_at).where(
+            gates.c.collection_id == collection_id
+        )
+        with self._database.read() as connection:
+            return {modality: Gate(record, created_at) for modality, record, created_at in connection.execute(query)}
+
+    def drop_gates(self, collection_id: int) -> None:
+        """Forget all calibration records of a collection."""
+        all_of_it = delete(gates).where(gates.c.collection_id == collection_id)
+        self._writer.submit(lambda connection: connection.execute(all_of_it))
+
+
+def _collections() -> Select[Any]:
+    c = collections.c
+    count = select(func.count()).where(memories.c.collection_id == c.id).scalar_subquery()
+    return select(c.id, c.name, c.config, c.version, c.created_at, count)
+
+
+def _not_found(name: str) -> CollectionNotFound:
+    return CollectionNotFound(f"There is no collection {name!r}.")

@@ -1,0 +1,169 @@
+"""The tables, as SQLAlchemy Core sees them. `migrations/` creates them; a test holds the two equal.
+
+Rules:
+- Nothing here is particular to one database.
+- JSON is kept as UTF-8 bytes: what was stored comes back byte for byte, and a bank's load hands payloads on without
+  parsing them.
+- Patterns are raw little-endian float32, one row per memory and space, so that a bank's load is a copy.
+- Deleting a collection takes its rows with it by foreign keys; only the name's last version stays.
+- Keys are never used twice, so nothing old can attach itself to a new row.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+from sqlalchemy import (
+    CheckConstraint,
+    Column,
+    DateTime,
+    Dialect,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    PrimaryKeyConstraint,
+    String,
+    Table,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+)
+
+
+class Json(TypeDecorator[Any]):
+    """A JSON value as UTF-8 bytes; None is SQL's NULL."""
+
+    impl = LargeBinary
+    cache_ok = True
+
+    def process_bind_param(self, value: Any | None, dialect: Dialect) -> bytes | None:
+        return None if value is None else orjson.dumps(value)
+
+    def process_result_value(self, value: bytes | None, dialect: Dialect) -> Any | None:
+        return None if value is None else orjson.loads(value)
+
+
+class Time(TypeDecorator[datetime]):
+    """A moment in UTC. SQLite keeps no zone, so it is taken off on the way in and put on again on the way out."""
+
+    impl = DateTime
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return None if value is None else value.astimezone(UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return None if value is None else value.replace(tzinfo=UTC)
+
+
+metadata = MetaData()
+
+collections = Table(
+    "collections",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("config", Json, nullable=False),
+    Column("version", Integer, nullable=False),  # the number of its last write
+    Column("created_at", Time, nullable=False),
+    UniqueConstraint("name", name="uq_collections_name"),
+    sqlite_autoincrement=True,
+)
+
+name_versions = Table(  # where the sequence of a deleted collection's name stopped
+    "name_versions",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("version", Integer, nullable=False),
+)
+
+memories = Table(
+    "memories",
+    metadata,
+    Column("key", Integer, primary_key=True),
+    Column(
+        "collection_id", ForeignKey("collections.id", name="fk_memories_collection", ondelete="CASCADE"), nullable=False
+    ),
+    Column("id", Text, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("text", Text),
+    Column("payload", Json),
+    Column("blob_hash", String(64)),
+    Column("media_type", Text),
+    Column("created_at", Time, nullable=False),
+    Column("updated_at", Time, nullable=False),
+    UniqueConstraint("collection_id", "id", name="uq_memories_id"),
+    Index("ix_memories_order", "collection_id", "key"),  # a bank loads a collection in the order of its keys
+    Index("ix_memories_blob", "blob_hash"),
+    sqlite_autoincrement=True,
+)
+
+patterns = Table(
+    "patterns",
+    metadata,
+    Column("memory_key", ForeignKey("memories.key", name="fk_patterns_memory", ondelete="CASCADE"), nullable=False),
+    Column("space", Text, nullable=False),
+    Column("dtype", String(2), nullable=False),
+    Column("dimension", Integer, nullable=False),
+    Column("vector", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("memory_key", "space", name="pk_patterns"),
+    CheckConstraint("dtype = 'f4' AND length(vector) = 4 * dimension", name="ck_patterns_vector"),
+)
+
+gates = Table(
+    "gates",
+    metadata,
+    Column(
+        "collection_id", ForeignKey("collections.id", name="fk_gates_collection", ondelete="CASCADE"), nullable=False
+    ),
+    Column("modality", Text, nullable=False),
+    Column("record", Json, nullable=False),
+    Column("created_at", Time, nullable=False),
+    PrimaryKeyConstraint("collection_id", "modality", name="pk_gates"),
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("key", Integer, primary_key=True),  # the order in which jobs were queued
+    Column("id", String(36), nullable=False),
+    Column("collection_id", ForeignKey("collections.id", name="fk_jobs_collection", ondelete="CASCADE")),
+    Column("kind", Text, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("progress", Float, nullable=False),
+    Column("payload", Json, nullable=False),
+    Column("result", Json),
+    Column("error", Json),
+    Column("attempts", Integer, nullable=False),
+    Column("lease_until", Time),
+    Column("owner", Text),
+    Column("created_at", Time, nullable=False),
+    Column("updated_at", Time, nullable=False),
+    UniqueConstraint("id", name="uq_jobs_id"),
+    CheckConstraint(
+        "status IN ('queued', 'running', 'done', 'failed', 'cancelled', 'dead')",
+        name="ck_jobs_status",
+    ),
+    Index("ix_jobs_status", "status", "key"),  # a claim takes the oldest of a status
+    Index("ix_jobs_collection", "collection_id"),
+    sqlite_autoincrement=True,
+)
+
+job_items = Table(
+    "job_items",
+    metadata,
+    Column("job_key", ForeignKey("jobs.key", name="fk_job_items_job", ondelete="CASCADE"), nullable=False),
+    Column("position", Integer, nullable=False),
+    Column("body", Json, nullable=False),
+    Column("blob_hash", String(64)),  # the original that waits to be encoded: not to be removed before
+    Column("status", Text, nullable=False),
+    Column("result", Json),
+    PrimaryKeyConstraint("job_key", "position", name="pk_job_items"),
+    CheckConstraint("status IN ('queued', 'done', 'failed')", name="ck_job_items_status"),
+    Index("ix_job_items_blob", "blob_hash"),
+)
