@@ -145,7 +145,7 @@ def calibrate(known_scores: Float[Tensor, " n"], target_tpr: float | Fraction, r
     log_rows = math.log(rows) if rows else -math.inf
     if rows < 1 or log_lambda <= log_rows:
         raise CalibrationRefused(
-            f"log λ = {log_lambda:.4g} is not over log N = {log_rows:.4g} of the interaction matrix: the known cues are no "
-            "nearer to the memories than the origin is; a larger beta or clearer cues are needed"
+            f"log λ = {log_lambda:.4g} is not over log N = {log_rows:.4g} of the interaction matrix: "
+            "the known cues are no nearer to the memories than the origin is; a larger beta or clearer cues are needed"
         )
     return Threshold(log_lambda=log_lambda, target_tpr=target, n=n)

@@ -109,21 +109,23 @@ def retrieve(
     x = normalise_rows(state, blocks).to(torch.promote_types(stored.dtype, torch.float32))
     clamped = None
     if observed is not None:
-        seen = spread(blocks, observed)
+        seen = spread(observed, blocks)
         x = x.masked_fill(~seen, 0.0)
         clamped = seen if clamp_observed else None
     elif clamp_observed:
         clamped = torch.ones_like(x, dtype=torch.bool)
 
-    if rows == 0:
-        none = torch.full((batch,), Outcome.NO_ROWS, device=x.device)
+    without_rows = None if valid is None else ~valid.any(-1)
+    if rows == 0 or (without_rows is not None and without_rows.all()):
+        outcome = torch.full((batch,), Outcome.NO_ROWS, device=x.device)
         unknown = x.new_full((batch, 1), torch.nan)
-        return Retrieval(x, x.new_zeros(batch, 0), unknown, torch.zeros_like(none), none, x[None] if trace else None)
+        return Retrieval(
+            x, x.new_zeros(batch, rows), unknown, torch.zeros_like(outcome), outcome, x[None] if trace else None
+        )
 
-    running = torch.ones(batch, dtype=torch.bool, device=x.device) if valid is None else valid.any(-1)
-    has_rows = running
     point = dynamics.at(x, scores(blocks, stored, x, observed) if first_scores is None else first_scores.to(x.dtype))
-    energies = [point.energy.masked_fill(~running, torch.nan)]
+    frozen = without_rows  # the cues that no longer move; None where every cue does, and nothing needs masking
+    energies = [point.energy if frozen is None else point.energy.masked_fill(frozen, torch.nan)]
     states = [x]
     steps = torch.zeros(batch, dtype=torch.int64, device=x.device)
     for t in range(update_steps_max):
@@ -131,17 +133,29 @@ def retrieve(
         settled = _at_rest(point.state, moved, step_size, update_steps_eps)
         if t == 0 and observed is not None:
             settled = settled & observed.all(-1)
-        point = dynamics.at(moved, scores(blocks, stored, moved)).where(running, point)
-        energies.append(point.energy.masked_fill(~running, torch.nan))
+        reached = dynamics.at(moved, scores(blocks, stored, moved))
+        if frozen is None:
+            point = reached
+            energies.append(point.energy)
+            steps += 1
+        else:
+            point = point.where(frozen, reached)
+            energies.append(point.energy.masked_fill(frozen, torch.nan))
+            steps += ~frozen
+            settled = settled | frozen
         if trace:
             states.append(point.state)
-        steps += running
-        running = running & ~settled
-        if not running.any():
+        at_rest = int(settled.sum())
+        frozen = settled if at_rest else None
+        if at_rest == batch:
             break
 
-    outcome = torch.where(running, Outcome.STEPS_EXHAUSTED if update_steps_max else Outcome.NO_STEPS, Outcome.CONVERGED)
-    outcome = outcome.masked_fill(~has_rows, Outcome.NO_ROWS)
+    unfinished = Outcome.STEPS_EXHAUSTED if update_steps_max else Outcome.NO_STEPS
+    outcome = torch.full((batch,), unfinished, device=x.device)
+    if frozen is not None:
+        outcome = outcome.masked_fill(frozen, Outcome.CONVERGED)
+    if without_rows is not None:
+        outcome = outcome.masked_fill(without_rows, Outcome.NO_ROWS)
     return Retrieval(
         state=point.state,
         weights=point.weights,

@@ -70,8 +70,7 @@ def normalise_rows(x: Float[Tensor, "*rows d"], blocks: Blocks) -> Float[Tensor,
     """Unit blocks for cosine, in at least float32 (a zero block stays zero); `x` itself for dot and neg_l2."""
     if blocks.similarity != "cosine":
         return x
-    parts = [_unit(x[..., part]) for part in blocks.slices]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    return _concatenated([_scaled_to(1.0, x[..., part]) for part in blocks.slices])
 
 
 def scores(
@@ -94,33 +93,35 @@ def scores(
     return product.to(torch.promote_types(product.dtype, torch.float32))
 
 
-def _unit(x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
-    # Norms in float64: squares of float32 values neither overflow (1e30) nor vanish (1e-30) there. A zero row divides
-    # by `tiny` and stays zero.
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64).clamp_min(
-        torch.finfo(torch.float64).tiny
-    )
-    unit: Tensor = x / norm
-    return unit.to(torch.promote_types(x.dtype, torch.float32))
+def spread(per_block: Bool[Tensor, "batch spaces"], blocks: Blocks) -> Bool[Tensor, "batch d"]:
+    """A mark per block, repeated for the values of that block."""
+    marks = torch.split(per_block, 1, dim=-1)
+    return _concatenated([mark.expand(-1, width) for mark, width in zip(marks, blocks.widths, strict=True)])
 
 
 def _folded(
     blocks: Blocks, state: Float[Tensor, "batch d"], observed: Bool[Tensor, "batch spaces"] | None
 ) -> Float[Tensor, "batch d"]:
     """The state with norms and weights divided in, so that its dot product with unit rows is the cosine score."""
-    unit = normalise_rows(state, blocks)
-    if len(blocks.widths) == 1:
-        return unit
-    weights = torch.tensor(blocks.weights, dtype=unit.dtype, device=unit.device).expand(state.shape[0], -1)
-    if observed is not None:
-        weights = weights * observed
-    return unit * spread(blocks, weights / weights.sum(-1, keepdim=True))
+    if observed is None:
+        total = sum(blocks.weights)
+        norms: list[float | Tensor] = [weight / total for weight in blocks.weights]
+    else:
+        weights = observed * torch.tensor(blocks.weights, dtype=torch.float64, device=state.device)
+        norms = list(torch.split(weights / weights.sum(-1, keepdim=True), 1, dim=-1))
+    return _concatenated([_scaled_to(norm, state[:, part]) for norm, part in zip(norms, blocks.slices, strict=True)])
 
 
-def spread(blocks: Blocks, per_block: Tensor) -> Tensor:
-    """One value per block, (batch, spaces), repeated over the values of its block: (batch, d)."""
-    widths = torch.tensor(blocks.widths, device=per_block.device)
-    return per_block.repeat_interleave(widths, dim=-1, output_size=blocks.dimension)
+def _scaled_to(norm: float | Tensor, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
+    # In float64 the squares of float32 values neither overflow (1e30) nor vanish (1e-30). A zero row divides by
+    # `tiny` and stays zero.
+    own: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)
+    scaled = x * (norm / own.clamp_min(torch.finfo(torch.float64).tiny))
+    return scaled.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _concatenated(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 def _squared_distances(
