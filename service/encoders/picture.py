@@ -1,12 +1,13 @@
-"""From the bytes of a file to a `Picture`: upright, RGB, 8 bits, with a warning for everything that was done to bring it there.
+"""From the bytes of a file to a `Picture`: upright, RGB, 8 bits, with a warning for all that was done to it.
 
-Strategy: the format is read from the first bytes, before Pillow sees them, and only that one format's reader is used; the
-number of pixels is checked from the header before anything is decoded; every mode Pillow can return is brought to RGB by one rule.
+Strategy: the format is read from the first bytes, before Pillow sees them, and only that one format's reader is used;
+the number of pixels is checked from the header before anything is decoded; every mode Pillow can return is brought to
+RGB by one rule.
 
 Rules:
 - Hostile bytes are the normal case. Whatever a Pillow reader raises on them becomes `InvalidImage` or one of its kinds.
-- No global setting of Pillow is read or changed, nor the warning filters, so any number of threads may read at once. Readers are taken
-  from Pillow's registry because `Image.open` judges size by such a global setting.
+- No global setting of Pillow is read or changed, nor the warning filters, so any number of threads may read at once.
+  Readers are called themselves because `Image.open` judges size by such a global setting.
 - What Pillow only warns of (broken metadata beside sound pixels) is not a reason to refuse a photograph.
 """
 
@@ -27,7 +28,7 @@ PIXELS_MAX = 50_000_000
 """The largest picture read: above any camera in common use (48 megapixels), and 150 MB once it is RGB."""
 
 SIDE_MAX = 32_768
-"""The longest side read: a picture 1 pixel high and 50,000,000 wide is within the limit above and breaks whoever resizes it."""
+"""The longest side read: a picture of 1 x 50,000,000 is within the limit above and breaks whoever resizes it."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
@@ -35,7 +36,7 @@ _MEDIA_TYPES = {name: f"image/{name.lower()}" for name in FORMATS}
 
 _READERS: dict[str, Callable[[io.BytesIO, str], ImageFile]] = {
     "PNG": PngImagePlugin.PngImageFile,
-    # Not `jpeg_factory`: it would turn a phone's multi-picture JPEG into the MPO format; its first picture is the photograph.
+    # Not `jpeg_factory`, which makes a phone's multi-picture JPEG an MPO: its first picture is the photograph.
     "JPEG": JpegImagePlugin.JpegImageFile,
     "WEBP": WebPImagePlugin.WebPImageFile,
     "GIF": GifImagePlugin.GifImageFile,
@@ -92,11 +93,12 @@ def media_type(data: bytes) -> str:
 def read_picture(data: bytes, mask: bytes | None = None, pixels_max: int = PIXELS_MAX) -> Picture:
     """Decode and normalise an image file.
 
-    `mask` is an image file of any size: where it is brighter than half of its own brightest point (so white on black, in 0/1 or
-    0/255, and also after JPEG's ringing) the picture is **missing**. It is resized to the upright picture by nearest neighbour.
+    `mask` is an image file of any size: where it is brighter than half of its own brightest point (so white on black,
+    in 0/1 or 0/255, and also after JPEG's ringing) the picture is **missing**. It is resized to the upright picture by
+    nearest neighbour.
 
-    Raises `UnsupportedImageFormat`, `ImageTooLarge` (more than `pixels_max` pixels, a side over `SIDE_MAX`), `TruncatedImage`, `InvalidImage`, and
-    `NothingObserved` when the mask leaves nothing.
+    Raises `UnsupportedImageFormat`, `ImageTooLarge` (more than `pixels_max` pixels, a side over `SIDE_MAX`),
+    `TruncatedImage`, `InvalidImage`, and `NothingObserved` when the mask leaves nothing.
     """
     pixels, warnings = _decode(data, pixels_max)
     if mask is None:
@@ -136,9 +138,7 @@ def _format(data: bytes) -> str:
         raise InvalidImage(f"the file is empty; {accepted}")
     if data[4:8] == b"ftyp":
         brand = data[8:12].decode("ascii", "replace")
-        raise UnsupportedImageFormat(
-            f"an ISO media file (brand {brand!r}; HEIC and AVIF are such) is not read; {accepted}"
-        )
+        raise UnsupportedImageFormat(f"ISO media (HEIC, AVIF; brand {brand!r}) is not read; {accepted}")
     start = data[:64].lstrip()
     for signature, name in _REFUSED_SIGNATURES:
         if start.startswith(signature):
@@ -147,7 +147,7 @@ def _format(data: bytes) -> str:
 
 
 def _decode(data: bytes, pixels_max: int) -> tuple[NDArray[np.uint8], list[str]]:
-    """The whole way from bytes to (height, width, 3) uint8 pixels and warnings; every foreign error is translated here."""
+    """From bytes to (height, width, 3) uint8 pixels and warnings; every foreign error is translated here."""
     name = _format(data)
     try:
         with _READERS[name](io.BytesIO(data), "") as image:
@@ -202,7 +202,7 @@ def _ends_early(data: bytes, name: str, error: Exception) -> bool:
 
 
 def _orientation(image: ImageFile) -> int:
-    """EXIF orientation, 1 (as stored) where the file has none or its EXIF cannot be read: metadata never costs a picture."""
+    """EXIF orientation; 1 (as stored) where the EXIF is absent or unreadable: metadata never costs a picture."""
     try:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
     except Exception:  # the EXIF block is hostile bytes too, and Pillow raises nearly anything on them

@@ -1,19 +1,19 @@
-"""`pixels`: the thumbnail itself as the latent. Nothing is learned, so it works on any picture, and it can be drawn again.
+"""`pixels`: the thumbnail itself as the latent. Nothing is learned, any picture will do, and it can be drawn again.
 
-The latent of a picture is its thumbnail x of `size` x `size` cells, each the mean of the picture over the cell's area (the picture is
-stretched to the square), values in [0, 1], with most of the picture's brightness taken out:
+The latent of a picture is its thumbnail x of `size` x `size` cells, each the mean of the picture over the cell's area
+(the picture is stretched to the square), values in [0, 1], with most of the picture's brightness taken out:
 
     v = (x - m) + MEAN_WEIGHT (m + MEAN_OFFSET),   m = mean(x), one number for all cells and channels
 
-so that cosine similarity compares what is drawn rather than how bright it is (uncentred, every pair of photographs is alike). The
-map is affine and, since mean(v) = MEAN_WEIGHT (m + MEAN_OFFSET), invertible: `decode` finds m again from v alone, also from a convex
-combination of latents, which is what a recall returns.
+so that cosine similarity compares what is drawn rather than how bright it is (uncentred, every pair of photographs is
+alike). The map is affine and, since mean(v) = MEAN_WEIGHT (m + MEAN_OFFSET), invertible: `decode` finds m again from v
+alone, also from a convex combination of latents, which is what a recall returns.
 
 Rules:
-- `centre: false` is the raw-image baseline of HEN (Hopfield Encoding Networks): v = x. There alone a black picture is the zero vector,
-  which callers refuse as they refuse any zero vector.
-- Of a masked picture only observed pixels count. A cell of which less than half is observed is hidden: it is 0, the value of "says
-  nothing" under an inner product, and m is taken over the cells that remain.
+- `centre: false` is the raw-image baseline of HEN (Hopfield Encoding Networks): v = x. There alone a black picture is
+  the zero vector, which callers refuse as they refuse any zero vector.
+- Of a masked picture only observed pixels count. A cell of which less than half is observed is hidden: it is 0, the
+  value of "says nothing" under an inner product, and m is taken over the cells that remain.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from service.encoders.protocol import Encoded, Picture, Source
 from service.errors import InvalidRequest, NothingObserved, WrongDimension
 
 MEAN_WEIGHT = 1 / 32
-"""What is left of the mean: small enough that cosine hardly sees it, large enough that fp16 storage returns it to within 1/255."""
+"""What is left of the mean: so little that cosine hardly sees it, enough for fp16 to return it to within 1/255."""
 
 MEAN_OFFSET = 1 / 8
 """Keeps a uniform picture, a black one too, from becoming the zero vector."""
 
 OBSERVED_SHARE_MIN = 0.5
-"""A cell counts when at least this share of its area is observed: under it, what is hidden would decide more than what is seen."""
+"""A cell counts from this observed share on: under it, what is hidden would decide more than what is seen."""
 
 PIXELS_AT_ONCE = 1 << 20
 """Pixels averaged in one piece: bounds the float32 copy of a large picture, or of a stack of small ones, to 12 MB."""
@@ -90,7 +90,7 @@ class Pixels:
         raise InvalidRequest("the encoder 'pixels' takes images only")
 
     def decode(self, latents: NDArray[np.float32]) -> list[NDArray[np.uint8]]:
-        """(batch, dimension) → batch pictures (size, size, 3) uint8, the inverse of the latent map; grey is repeated in all channels."""
+        """(batch, dimension) → batch pictures (size, size, 3) uint8: the latent map inverted, grey in all channels."""
         if latents.ndim != 2 or latents.shape[1] != self.dimension:
             raise WrongDimension(f"latents have shape {latents.shape}; (batch, {self.dimension}) is needed")
         values = latents.astype(np.float32)
@@ -114,7 +114,7 @@ class Pixels:
 
 
 def _stacks(pictures: Sequence[Picture]) -> list[list[int]]:
-    """Positions of the unmasked pictures, grouped by shape into stacks of at most `PIXELS_AT_ONCE` pixels (or one picture)."""
+    """Positions of the unmasked pictures in stacks of one shape and at most `PIXELS_AT_ONCE` pixels (or one picture)."""
     by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, picture in enumerate(pictures):
         if picture.observed is None:
@@ -127,7 +127,7 @@ def _stacks(pictures: Sequence[Picture]) -> list[list[int]]:
 
 
 LENGTH_CACHED_MAX = 4096
-"""Longer sides are rare and their matrices large: with the cache's 64 entries this bounds it to 128 MB, 8 MB in common use."""
+"""Longer sides are rare and their matrices large: so the cache's 64 entries stay under 128 MB."""
 
 
 def _averaging(length: int, size: int) -> NDArray[np.float32]:
@@ -148,7 +148,9 @@ def _averaging_matrix(length: int, size: int) -> NDArray[np.float32]:
 
 
 def _averaged(values: NDArray[np.float32], rows: NDArray[np.float32], size: int) -> NDArray[np.float32]:
-    """(n, height, width, channels) → (n, size, size, channels), by `rows` (size, height) and the averaging of the width."""
+    """(n, height, width, channels) → (n, size, size, channels), by `rows` (size, height) and the averaging of the
+    width.
+    """
     count, height, width, channels = values.shape
     down = (rows @ values.reshape(count, height, width * channels)).reshape(count, size, width, channels)
     averaged: NDArray[np.float32] = _averaging(width, size) @ down
@@ -156,7 +158,7 @@ def _averaged(values: NDArray[np.float32], rows: NDArray[np.float32], size: int)
 
 
 def _thumbnails(pixels: NDArray[np.uint8], size: int) -> NDArray[np.float32]:
-    """(n, height, width, 3) uint8 → (n, size, size, 3) cell means in [0, 1], in bands of rows to bound the float copy."""
+    """(n, height, width, 3) uint8 → (n, size, size, 3) cell means in [0, 1], by bands of rows to bound the copy."""
     height, width = pixels.shape[1:3]
     rows = _averaging(height, size)
     band = max(1, PIXELS_AT_ONCE // (width * len(pixels)))
@@ -170,7 +172,7 @@ def _thumbnails(pixels: NDArray[np.uint8], size: int) -> NDArray[np.float32]:
 def _masked_thumbnail(
     pixels: NDArray[np.uint8], observed: NDArray[np.bool_], size: int
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Cell means over the observed pixels (size, size, 3), and which cells (size, size) are observed enough to count."""
+    """Cell means over the observed pixels (size, size, 3), and whether each cell (size, size) counts."""
     shown = np.where(observed[..., None], pixels, np.uint8(0))
     share = _thumbnails(np.where(observed, np.uint8(255), np.uint8(0))[None, ..., None], size)[0]
     seen = share[..., 0] >= OBSERVED_SHARE_MIN - 1e-6  # float32 sums of exact halves land a rounding below

@@ -3,7 +3,8 @@
 Rules:
 - Options are checked by the encoder's own model; an option that it does not know is refused, naming those it does.
 - A model library is imported when an encoder that needs it is asked for, not before.
-- An encoder is loaded once: who asks while it loads waits for it, and each has a lock of its own so that nobody else does.
+- An encoder is loaded once: who asks while it loads waits for it, and each has a lock of its own so that nobody else
+  does.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from service.encoders.protocol import Encoder
 from service.errors import InvalidRequest, UnknownEncoder
 
 INSTANCES_MAX = 16
-"""Encoders kept ready; the one asked for longest ago is let go first. A server has a handful, and a network is up to gigabytes."""
+"""Encoders kept ready; the one asked for longest ago is let go first. A server has a handful, and a network is up to
+gigabytes.
+"""
 
 _Build = Callable[[Any, int, str], Encoder]
 """Options (of the encoder's own model), threads, device → the encoder, loaded."""
@@ -69,8 +72,8 @@ def names() -> tuple[str, ...]:
 def make(name: str, options: Mapping[str, object], *, threads: int = 1, device: str = "cpu") -> Encoder:
     """The encoder of that name with those options, loaded; the same instance for the same arguments.
 
-    `threads` bounds the inference sessions that have threads of their own; torch's are the process's. Raises `UnknownEncoder`,
-    `InvalidRequest` for options the encoder does not take, and `WeightsMissing`.
+    `threads` bounds the inference sessions that have threads of their own; torch's are the process's. Raises
+    `UnknownEncoder`, `InvalidRequest` for options the encoder does not take, and `WeightsMissing`.
     """
     if name not in _TABLE:
         raise UnknownEncoder(f"there is no encoder {name!r}; there are {', '.join(names())}")

@@ -1,7 +1,7 @@
 """Weights that ordinary packages carry: found without importing the package, and checked before anything reads them.
 
-The bytes that were hashed are the bytes that are loaded: a fingerprint names them, and a file that differs would silently make
-patterns that no longer compare with the stored ones.
+The bytes that were hashed are the bytes that are loaded: a fingerprint names them, and a file that differs would
+silently make patterns that no longer compare with the stored ones.
 """
 
 from __future__ import annotations
