@@ -1,4 +1,5 @@
-"""The server's settings: one frozen object, from the environment or from flags; an unknown or ill-formed one is refused.
+"""The server's settings: one frozen object, from the environment or from flags; an unknown or ill-formed one is
+refused.
 
 Every setting is `ENGRAM_<NAME>` in the environment. A flag wins over the environment.
 """
@@ -24,7 +25,9 @@ class Settings(BaseModel):
     host: str = Field(default="127.0.0.1", description="the address to listen on")
     port: int = Field(default=8000, ge=0, le=65535, description="the port to listen on; 0 takes a free one")
     api_key: SecretStr | None = Field(default=None, description="the admin key; needed beyond loopback")
-    threads: int = Field(default=1, ge=1, le=256, description="torch threads; more than one is slower under load on few cores")
+    threads: int = Field(
+        default=1, ge=1, le=256, description="torch threads; more than one is slower under load on few cores"
+    )
     body_bytes_max: int = Field(
         default=64 * 2**20, ge=2**10, description="largest request body; a batch is held in memory whole"
     )

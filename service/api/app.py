@@ -1,0 +1,310 @@
+"""The REST API: thin routes over the engine. What a route does not do here, it does not do.
+
+CPU-bound work runs on a bounded pool of threads; the event loop only parses bodies and writes replies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+from fastapi import APIRouter, Depends, FastAPI, Path, Request, Response
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api import bodies, problems
+from service.app.engine import Engine
+from service.app.schemas import (
+    CollectionConfig,
+    CollectionInfo,
+    CollectionList,
+    CountReply,
+    DeleteReply,
+    DeleteRequest,
+    MemoryInfo,
+    Operation,
+    OperationList,
+    ProblemDetails,
+    RecallReply,
+    RecallRequest,
+    StoreReply,
+    StoreRequest,
+    TrainRequest,
+)
+from service.errors import TooBusy, Unauthorized
+from service.observability import Metrics
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+POOL_THREADS = 8  # blocked on disk or in a model; more would only share the same cores
+POOL_WAITING_MAX = 256  # requests held in memory, bodies included
+ID_MAX = 512  # characters of a memory's id
+
+DESCRIPTION = (
+    "Associative memory: store images and text, recall them whole from a fragment, and be told when nothing fits."
+)
+CollectionName = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")]
+Id = Annotated[str, Path(min_length=1, max_length=ID_MAX)]
+
+
+class Pool:
+    """Runs blocking calls; refuses when too many wait already."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="request")
+        self._pending = 0
+
+    async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        if self._pending >= POOL_WAITING_MAX:
+            raise TooBusy(f"{POOL_WAITING_MAX} requests are waiting already", retry_after_s=1)
+        self._pending += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: call(*args, **kwargs))
+        finally:
+            self._pending -= 1
+
+
+def _engine(request: Request) -> Engine:
+    engine: Engine = request.app.state.engine
+    return engine
+
+
+def _pool(request: Request) -> Pool:
+    pool: Pool = request.app.state.pool
+    return pool
+
+
+Engine_ = Annotated[Engine, Depends(_engine)]
+Pool_ = Annotated[Pool, Depends(_pool)]
+
+
+def _json(model: BaseModel, status: int = 200) -> Response:
+    return Response(model.model_dump_json(), status, media_type="application/json")
+
+
+def _body(model: type[BaseModel], form: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What the OpenAPI document says of a body that a route reads by itself."""
+    content: dict[str, Any] = {"application/json": {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}
+    if form is not None:
+        content["multipart/form-data"] = {"schema": {"type": "object", "properties": form}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+FILE = {"type": "string", "contentMediaType": "application/octet-stream"}
+JSON_TEXT = {"type": "string", "description": "JSON"}
+STORE_FORM = {
+    "image": FILE, "text": {"type": "string"}, "id": {"type": "string"}, "payload": JSON_TEXT, "vectors": JSON_TEXT,
+    "memories": {"type": "string", "description": 'JSON: as in the JSON body; an image is {"part": "a file part\'s name"}'},
+    "wait": JSON_TEXT, "timeout_s": JSON_TEXT,
+}  # fmt: skip
+RECALL_FORM = {"image": FILE, "mask": FILE, "text": {"type": "string"}, "vectors": JSON_TEXT, "cues": JSON_TEXT} | {
+    name: JSON_TEXT for name in RecallRequest.model_fields if name not in ("cue", "cues")
+}
+
+v1 = APIRouter(prefix="/v1", responses={"default": {"model": ProblemDetails, "description": "A problem (RFC 9457)"}})
+
+
+# --- collections ------------------------------------------------------------------------------------------------------
+
+
+@v1.put("/collections/{collection}", status_code=201, tags=["collections"])
+async def create_collection(
+    collection: CollectionName, engine: Engine_, pool: Pool_, config: CollectionConfig | None = None
+) -> CollectionInfo:
+    """Create a collection; without a body it gets the default spaces."""
+    return await pool.run(engine.create_collection, collection, config or CollectionConfig())
+
+
+@v1.get("/collections", tags=["collections"])
+async def list_collections(engine: Engine_) -> CollectionList:
+    return engine.collections()
+
+
+@v1.get("/collections/{collection}", tags=["collections"])
+async def get_collection(collection: CollectionName, engine: Engine_) -> CollectionInfo:
+    """What the collection is: its spaces with their encoders, its calibration, its size."""
+    return engine.collection(collection)
+
+
+@v1.delete("/collections/{collection}", status_code=204, tags=["collections"])
+async def delete_collection(collection: CollectionName, engine: Engine_, pool: Pool_) -> None:
+    await pool.run(engine.delete_collection, collection)
+
+
+@v1.post("/collections/{collection}/train", status_code=202, tags=["collections"])
+async def train(collection: CollectionName, request: TrainRequest, engine: Engine_, pool: Pool_) -> Operation:
+    """Calibrate the gate again, now: an operation."""
+    return await pool.run(engine.train, collection, request)
+
+
+# --- store and recall -------------------------------------------------------------------------------------------------
+
+
+@v1.post(
+    "/collections/{collection}/store",
+    tags=["memories"],
+    response_model=StoreReply,
+    responses={202: {"model": StoreReply, "description": "Accepted and on disk; encoding goes on as an operation"}},
+    openapi_extra=_body(StoreRequest, STORE_FORM),
+)
+async def store(collection: CollectionName, request: Request, engine: Engine_, pool: Pool_) -> Response:
+    """Store memories. A bad item is reported under its position and the rest are stored."""
+    body = await bodies.read_store(request)
+    accepted = await pool.run(engine.accept, collection, body)
+    if body.wait and accepted.done is not None:
+        await asyncio.wait([asyncio.wrap_future(accepted.done)], timeout=body.timeout_s)
+    reply = await pool.run(engine.store_reply, accepted)
+    return _json(reply, 202 if reply.operation_id else 200)
+
+
+@v1.post(
+    "/collections/{collection}/recall",
+    tags=["memories"],
+    response_model=RecallReply,
+    openapi_extra=_body(RecallRequest, RECALL_FORM),
+)
+async def recall(collection: CollectionName, request: Request, engine: Engine_, pool: Pool_) -> Response:
+    """Recall memories from a cue: a text, an image (with a mask of what is missing), vectors, or several at once."""
+    body = await bodies.read_recall(request)
+    cue = body.cue
+    if cue is not None and cue.image is None and cue.text is None:
+        prepared = engine.prepare(collection, body)  # vectors need no encoder: a thread would cost more than the work
+    else:
+        prepared = await pool.run(engine.prepare, collection, body)
+    if prepared.single:
+        recalled = await asyncio.wrap_future(engine.submit(prepared))
+    else:
+        recalled = await pool.run(engine.recall_batch, prepared)
+    return _json(engine.recall_reply(prepared, recalled))
+
+
+# --- memories ---------------------------------------------------------------------------------------------------------
+
+
+@v1.post("/collections/{collection}/memories/delete", tags=["memories"])
+async def delete_memories(
+    collection: CollectionName, request: DeleteRequest, engine: Engine_, pool: Pool_
+) -> DeleteReply:
+    """Delete memories by id; ids that are not there are left out of the answer."""
+    return await pool.run(engine.delete_memories, collection, request)
+
+
+@v1.post("/collections/{collection}/memories/count", tags=["memories"])
+async def count(collection: CollectionName, engine: Engine_) -> CountReply:
+    return engine.count(collection)
+
+
+@v1.get(
+    "/collections/{collection}/memories/{id:path}/content",
+    tags=["memories"],
+    response_class=Response,
+    responses={200: {"content": {"image/*": {}}, "description": "The bytes as they were stored"}},
+)
+async def get_content(collection: CollectionName, id: Id, engine: Engine_, pool: Pool_) -> Response:
+    """The original bytes."""
+    data, media_type = await pool.run(engine.content, collection, id)
+    # The bytes are a stranger's: a browser must show them as the image they were checked to be, or not at all.
+    headers = {"X-Content-Type-Options": "nosniff", "Content-Disposition": "inline"}
+    return Response(data, media_type=media_type, headers=headers)
+
+
+@v1.get("/collections/{collection}/memories/{id:path}", tags=["memories"])
+async def get_memory(collection: CollectionName, id: Id, engine: Engine_, pool: Pool_) -> MemoryInfo:
+    return await pool.run(engine.memory, collection, id)
+
+
+@v1.delete("/collections/{collection}/memories/{id:path}", tags=["memories"])
+async def delete_memory(collection: CollectionName, id: Id, engine: Engine_, pool: Pool_) -> DeleteReply:
+    return await pool.run(engine.delete_memories, collection, DeleteRequest(ids=[id]))
+
+
+# --- operations -------------------------------------------------------------------------------------------------------
+
+
+@v1.get("/operations", tags=["operations"])
+async def list_operations(engine: Engine_, pool: Pool_) -> OperationList:
+    """The last hundred."""
+    return await pool.run(engine.operations)
+
+
+@v1.get("/operations/{id}", tags=["operations"])
+async def get_operation(id: Annotated[str, Path(max_length=64)], engine: Engine_, pool: Pool_) -> Operation:
+    return await pool.run(engine.operation, id)
+
+
+# --- the server itself ------------------------------------------------------------------------------------------------
+
+system = APIRouter(tags=["system"])
+
+
+@system.get("/livez")
+async def livez() -> dict[str, str]:
+    """The process answers."""
+    return {"status": "alive"}
+
+
+@system.get("/readyz", responses={503: {"model": ProblemDetails}})
+async def readyz(engine: Engine_, pool: Pool_) -> dict[str, str]:
+    """Storage answers and every collection is loaded."""
+    await pool.run(engine.check_ready)
+    return {"status": "ready"}
+
+
+metrics_router = APIRouter(tags=["system"])
+
+
+@metrics_router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+async def metrics(engine: Engine_) -> Response:
+    """For Prometheus."""
+    return Response(generate_latest(engine.resources.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+class CountRequests:
+    """Counts answers by method and status."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.metrics.requests.labels(scope["method"], message["status"]).inc()
+            await send(message)
+
+        await self.app(scope, receive, counted if scope["type"] == "http" else send)
+
+
+bearer = HTTPBearer(auto_error=False, description="The server's ENGRAM_API_KEY, where one is set")
+
+
+def _authorizer(key: str) -> Callable[..., Awaitable[None]]:
+    async def authorize(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
+        if given is None or not hmac.compare_digest(given.credentials.encode(), key.encode()):
+            raise Unauthorized("send the header Authorization: Bearer <key>")
+
+    return authorize
+
+
+def create_app(engine: Engine | None, *, api_key: str | None = None, body_bytes_max: int | None = None) -> FastAPI:
+    """The application over an open engine (None only to generate the OpenAPI document)."""
+    app = FastAPI(
+        title="Engram", version="1", description=DESCRIPTION, max_body_size=body_bytes_max, openapi_version="3.1.0"
+    )
+    app.state.engine = engine
+    app.state.pool = Pool()
+    guards = [] if api_key is None else [Depends(_authorizer(api_key))]
+    app.include_router(v1, dependencies=guards)
+    app.include_router(metrics_router, dependencies=guards)
+    app.include_router(system)
+    problems.install(app)
+
+    if engine is not None:
+        app.add_middleware(CountRequests, metrics=engine.resources.metrics)
+    return app

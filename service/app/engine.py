@@ -1,0 +1,270 @@
+"""The engine: every use case behind one object, for REST, for the workers and for a client in the same process.
+
+It is opened on a data folder, which it owns until it is closed. Opening rebuilds the banks from SQL.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+from service.app import collections
+from service.app.batching import MicroBatcher
+from service.app.calibrate import run_calibrate_job
+from service.app.cues import CueBlocks, encode_cues, read_parts
+from service.app.live import LiveCollection
+from service.app.recall import Recalled, Resolved, recall_blocks, resolve
+from service.app.resources import CALIBRATE_JOB, Resources
+from service.app.schemas import (
+    CollectionConfig,
+    CollectionInfo,
+    CollectionList,
+    CountReply,
+    DeleteReply,
+    DeleteRequest,
+    MemoryInfo,
+    Operation,
+    OperationList,
+    Problem,
+    RecallReply,
+    RecallRequest,
+    RecallResult,
+    StoreReply,
+    StoreRequest,
+    Timings,
+    TrainRequest,
+)
+from service.app.store import STORE_JOB, Accepted, accept, reply, run_store_job
+from service.encoders import registry
+from service.errors import ContentNotFound, EngramError
+from service.settings import Settings
+from service.storage.blobs import Blobs
+from service.storage.database import Database
+from service.storage.folder import DataFolder
+from service.storage.jobs import Job
+from service.storage.repository import Repository
+from service.storage.writer import Writer
+
+Handler = Callable[[Job, Callable[[float], None]], dict[str, Any]]
+
+RECALL_BATCH_MAX = 256  # cues of one micro-batch
+RECALL_QUEUE_MAX = 4_096  # cues waiting: at some thousand recalls a second, about a second's worth
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedRecall:
+    """A recall whose cues are read and encoded, ready for the bank."""
+
+    live: LiveCollection
+    options: Resolved
+    cues: list[CueBlocks | EngramError]
+    single: bool
+    started: float
+    encode_s: float
+
+
+class Engine:
+    def __init__(self, settings: Settings) -> None:
+        """Open the data folder and load every collection. Raises `FolderInUse`, `StorageUnavailable`,
+        `EncoderMismatch`.
+        """
+        self.folder = DataFolder.open(settings.data)
+        try:
+            self._database = Database.open(self.folder.database_path)
+            self._writer = Writer(self._database)
+            self.repository = Repository(self._database, self._writer)
+            self.blobs = Blobs(self.folder.blobs_path)
+            self.resources = Resources(settings, self.repository, self.blobs, registry.make)
+            for row in self.repository.list_collections():
+                self.resources.add(collections.load(self.resources, row))
+            self.repository.release_leases()
+            for live in self.resources.lives.values():
+                self.resources.calibrate_if_due(live)
+        except BaseException:
+            self.folder.close()
+            raise
+        self._recalls: MicroBatcher[tuple[LiveCollection, Resolved], CueBlocks, Recalled] = MicroBatcher(
+            "recall", self._run_recalls, batch_max=RECALL_BATCH_MAX, queue_max=RECALL_QUEUE_MAX
+        )
+
+    def close(self) -> None:
+        """Answer what waits, then let go: recalls first, then background work, then storage, and the folder's lock
+        last.
+        """
+        self._recalls.close()
+        self.resources.close()
+        self._writer.close()
+        self._database.close()
+        self.folder.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- collections ---
+
+    def create_collection(self, name: str, config: CollectionConfig) -> CollectionInfo:
+        return collections.info(collections.create(self.resources, name, config))
+
+    def collection(self, name: str) -> CollectionInfo:
+        return collections.info(self.resources.live(name))
+
+    def collections(self) -> CollectionList:
+        lives = sorted(self.resources.lives.values(), key=lambda live: live.name)
+        return CollectionList(collections=[collections.info(live) for live in lives])
+
+    def delete_collection(self, name: str) -> None:
+        collections.delete(self.resources, name)
+
+    # --- store ---
+
+    def accept(self, name: str, request: StoreRequest) -> Accepted:
+        return accept(self.resources, self.resources.live(name), request)
+
+    def store_reply(self, accepted: Accepted) -> StoreReply:
+        return reply(self.resources, accepted)
+
+    def store(self, name: str, request: StoreRequest) -> StoreReply:
+        """Store and, with `wait`, wait at most `timeout_s` for what needs encoding."""
+        accepted = self.accept(name, request)
+        if request.wait and accepted.done is not None:
+            try:
+                accepted.done.result(request.timeout_s)
+            except FutureTimeoutError:
+                pass  # the reply then carries the operation, which goes on
+        return self.store_reply(accepted)
+
+    # --- recall ---
+
+    def prepare(self, name: str, request: RecallRequest) -> PreparedRecall:
+        """Read and encode the cues. A single bad cue raises; in a batch it becomes its own result's error."""
+        started = time.perf_counter()
+        live = self.resources.live(name)
+        options = resolve(live, request)
+        single = request.cue is not None
+        cues = [request.cue] if request.cue is not None else request.cues or []
+        read: list[Any] = []
+        for cue in cues:
+            try:
+                read.append(read_parts(cue, live, self.resources.settings.image_pixels_max))
+            except EngramError as error:
+                if single:
+                    raise
+                read.append(error)
+        good = [parts for parts in read if not isinstance(parts, EngramError)]
+        encoded = iter(encode_cues(live, good, options.chosen) if good else ())
+        blocks = [parts if isinstance(parts, EngramError) else next(encoded) for parts in read]
+        if single and isinstance(blocks[0], EngramError):
+            raise blocks[0]
+        return PreparedRecall(live, options, blocks, single, started, time.perf_counter() - started)
+
+    def submit(self, prepared: PreparedRecall) -> Future[Recalled]:
+        """Queue a prepared single cue; cues of other requests that wait meanwhile share its batch."""
+        cue = prepared.cues[0]
+        assert isinstance(cue, CueBlocks)
+        return self._recalls.submit((prepared.live, prepared.options), cue)
+
+    def recall_batch(self, prepared: PreparedRecall) -> Recalled:
+        """Recall the good cues of a batch in the calling thread; bad ones answer with their error."""
+        good = [cue for cue in prepared.cues if isinstance(cue, CueBlocks)]
+        recalled = recall_blocks(prepared.live, good, prepared.options)
+        answered = iter(recalled.results)
+        results = [
+            next(answered) if isinstance(cue, CueBlocks) else RecallResult.failed(cue.code, cue.detail)
+            for cue in prepared.cues
+        ]
+        return Recalled(recalled.version, results, recalled.stages)
+
+    def recall_reply(self, prepared: PreparedRecall, recalled: Recalled) -> RecallReply:
+        seconds = {**recalled.stages, "encode": prepared.encode_s, "total": time.perf_counter() - prepared.started}
+        metrics = self.resources.metrics
+        for stage, spent in seconds.items():
+            metrics.recall_seconds.labels(stage).observe(spent)
+        for result in recalled.results:
+            metrics.recalls.labels(prepared.live.name, result.verdict or "error").inc()
+        timings = Timings(**{stage: round(1000 * spent, 3) for stage, spent in seconds.items()})
+        return RecallReply(version=recalled.version, results=recalled.results, timings_ms=timings)
+
+    def recall(self, name: str, request: RecallRequest) -> RecallReply:
+        prepared = self.prepare(name, request)
+        return self.recall_reply(prepared, self.recall_batch(prepared))
+
+    def _run_recalls(
+        self, key: tuple[LiveCollection, Resolved], cues: Sequence[CueBlocks]
+    ) -> Sequence[Recalled | BaseException]:
+        live, options = key
+        recalled = recall_blocks(live, cues, options)
+        return [Recalled(recalled.version, [result], recalled.stages) for result in recalled.results]
+
+    # --- memories ---
+
+    def memory(self, name: str, memory_id: str) -> MemoryInfo:
+        live = self.resources.live(name)
+        found = self.repository.get_memory(live.id, memory_id)
+        return MemoryInfo(
+            id=found.id, version=found.version, text=found.text, payload=found.payload, spaces=list(found.spaces),
+            has_content=found.blob_hash is not None, media_type=found.media_type,
+            created_at=found.created_at.isoformat(), updated_at=found.updated_at.isoformat(),
+        )  # fmt: skip
+
+    def content(self, name: str, memory_id: str) -> tuple[bytes, str]:
+        """The original bytes and their media type. Raises `MemoryNotFound`, `ContentNotFound`."""
+        found = self.repository.get_memory(self.resources.live(name).id, memory_id)
+        if found.blob_hash is None or found.media_type is None:
+            raise ContentNotFound(f"memory {memory_id} was stored without an image")
+        return self.blobs.get(found.blob_hash), found.media_type
+
+    def delete_memories(self, name: str, request: DeleteRequest) -> DeleteReply:
+        live = self.resources.live(name)
+        deleted = self.repository.delete_memories(live.id, request.ids)
+        if deleted.ids:
+            with live.follow(deleted.version):
+                live.bank.write(None, deleted.ids, deleted.version)
+            self.resources.after_write(live)
+        return DeleteReply(version=deleted.version, deleted=list(deleted.ids))
+
+    def count(self, name: str) -> CountReply:
+        view = self.resources.live(name).bank.view()
+        return CountReply(version=view.version, count=view.count)
+
+    # --- operations and the jobs behind them ---
+
+    def train(self, name: str, request: TrainRequest) -> Operation:
+        """Calibrate the gate again, now."""
+        live = self.resources.live(name)
+        job_id, _ = self.resources.enqueue(CALIBRATE_JOB, live.id)
+        return self.operation(job_id)
+
+    def operation(self, operation_id: str) -> Operation:
+        return self._operation(self.repository.get_job(operation_id))
+
+    def operations(self) -> OperationList:
+        return OperationList(operations=[self._operation(job) for job in self.repository.list_jobs(limit=100)])
+
+    def _operation(self, job: Job) -> Operation:
+        names = {live.id: live.name for live in self.resources.lives.values()}
+        return Operation(
+            id=job.id, kind=job.kind, collection=names.get(job.collection_id or -1), status=job.status,
+            progress=job.progress, result=job.result, error=None if job.error is None else Problem(**job.error),
+        )  # fmt: skip
+
+    def handlers(self) -> dict[str, Handler]:
+        """What a worker runs for each kind of job: (job, beat) → its result. `beat(progress)` keeps the job ours."""
+        return {
+            STORE_JOB: partial(run_store_job, self.resources),
+            CALIBRATE_JOB: partial(run_calibrate_job, self.resources),
+        }
+
+    def check_ready(self) -> None:
+        """Raises `Unavailable` while storage does not answer."""
+        self.repository.ping()

@@ -1,0 +1,133 @@
+"""A collection in memory: its configuration, encoders, bank and calibration records, kept in step with SQL.
+
+SQL is the truth; this is what follows from it. Commits may finish in any order, so `follow` applies them to the
+bank in the order of their versions.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from service.app.schemas import CalibrationRecord, CalibrationState, CollectionConfig, SpaceConfig
+from service.bank import Bank, Layout, SpaceLayout
+from service.core.similarity import Blocks
+from service.encoders.corruption import DEFAULT_CORRUPTIONS, Corruption
+from service.encoders.protocol import Decoder, Encoder
+from service.errors import EncoderMismatch, InvalidRequest, Unavailable
+from service.storage.repository import Collection
+
+STALE_SHARE = (
+    0.1  # a calibration is redone when the number of memories has moved by this share (log S grows with log N)
+)
+FOLLOW_TIMEOUT_S = 30.0  # longest wait for the commit before ours to reach the bank
+
+
+@dataclass(frozen=True)
+class Space:
+    """One space of a collection; `encoder` is None where the caller sends the vectors."""
+
+    name: str
+    config: SpaceConfig
+    dimension: int
+    encoder: Encoder | None
+
+    @property
+    def weight(self) -> float:
+        return self.config.weight
+
+
+MakeEncoder = Callable[[str, Mapping[str, object]], Encoder]
+
+
+def make_spaces(config: CollectionConfig, make_encoder: MakeEncoder) -> dict[str, Space]:
+    """The configured spaces with their encoders made. Raises `InvalidRequest` where an encoder cannot read its
+    source.
+    """
+    spaces = {}
+    for name, space in config.spaces.items():
+        encoder = None if space.encoder is None else make_encoder(space.encoder, space.options)
+        if encoder is not None and space.source not in encoder.takes:
+            raise InvalidRequest(f"space {name}: the encoder {space.encoder} does not read {space.source}s")
+        dimension = encoder.dimension if encoder is not None else space.dimension
+        assert dimension is not None  # SpaceConfig holds one or the other
+        spaces[name] = Space(name, space, dimension, encoder)
+    return spaces
+
+
+class LiveCollection:
+    def __init__(self, row: Collection, config: CollectionConfig, spaces: dict[str, Space], device: str) -> None:
+        self.id = row.id
+        self.name = row.name
+        self.created_at = row.created_at
+        self.config = config
+        self.spaces = spaces
+        self.similarity = next(iter(config.spaces.values())).similarity
+        self.layout = Layout(
+            tuple(SpaceLayout(space.name, space.dimension) for space in spaces.values()), self.similarity
+        )
+        self.blocks = Blocks(
+            tuple(space.dimension for space in spaces.values()),
+            tuple(space.weight for space in spaces.values()),
+            self.similarity,
+        )
+        self.corruptions: list[Corruption] = list(config.corruptions or DEFAULT_CORRUPTIONS)
+        self.bank = Bank(self.layout, device=device)
+        self.records: dict[str, CalibrationRecord] = {}
+        self.calibrated_rows: int | None = None  # memories at the last calibration; None before the first
+        self.margins: dict[tuple[str, ...], tuple[int, float | None]] = {}  # see calibrate.stored_margin
+        self.last_write_s = 0.0  # monotonic; calibration waits for quiet
+        self.sealing = threading.Lock()
+        self.calibration_queued = False  # a calibration waits that has not looked at the bank yet
+        self._followed = row.version
+        self._turn = threading.Condition()
+
+    @property
+    def decoder_space(self) -> Space | None:
+        """The first space whose latents can be drawn."""
+        return next((space for space in self.spaces.values() if isinstance(space.encoder, Decoder)), None)
+
+    @contextmanager
+    def follow(self, version: int) -> Iterator[None]:
+        """Run the body when every commit before `version` has reached the bank; then let the next one in."""
+        with self._turn:
+            if not self._turn.wait_for(lambda: self._followed >= version - 1, timeout=FOLLOW_TIMEOUT_S):
+                raise Unavailable(
+                    f"collection {self.name} waits for version {version - 1}; it stands at {self._followed}"
+                )
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._followed = version
+                self.last_write_s = time.monotonic()
+                self._turn.notify_all()
+
+    def set_records(self, records: dict[str, CalibrationRecord], rows: int | None) -> None:
+        self.records, self.calibrated_rows = records, rows
+
+    def calibration_state(self) -> CalibrationState:
+        """none: nothing to calibrate with; pending: not done yet; stale: done at another size; current."""
+        count = self.bank.view().count
+        if count == 0:
+            return "none"
+        if self.calibrated_rows is None:
+            return "pending"
+        if self.records and all(record.prototypes is not None for record in self.records.values()):
+            return "current"  # fixed prototypes do not grow with the bank, so neither does their mass
+        drifted = abs(count - self.calibrated_rows) > STALE_SHARE * self.calibrated_rows
+        return "stale" if drifted else "current"
+
+
+def check_fingerprints(name: str, spaces: Mapping[str, Space], stored: Mapping[str, str | None]) -> None:
+    """Refuse patterns of another encoder. Raises `EncoderMismatch`, naming both."""
+    for space in spaces.values():
+        fingerprint = space.encoder.fingerprint if space.encoder else None
+        if stored.get(space.name) != fingerprint:
+            raise EncoderMismatch(
+                f"space {space.name} of {name} holds patterns of {stored.get(space.name)}, but its encoder is now "
+                f"{fingerprint}; install the former encoder, or store the originals again in a new collection"
+            )

@@ -1,0 +1,122 @@
+"""What the use cases work with: storage, encoders, the collections in memory, and the signals between them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import structlog
+
+from service.app.live import LiveCollection, MakeEncoder
+from service.errors import CollectionNotFound
+from service.observability import Metrics
+from service.settings import Settings
+from service.storage.blobs import Blobs
+from service.storage.jobs import NewItem
+from service.storage.repository import Repository
+
+log = structlog.get_logger()
+
+CALIBRATE_JOB = "calibrate"
+
+
+class Resources:
+    def __init__(self, settings: Settings, repository: Repository, blobs: Blobs, make_encoder: MakeEncoder) -> None:
+        self.settings = settings
+        self.repository = repository
+        self.blobs = blobs
+        self.make_encoder = make_encoder
+        self.metrics = Metrics()
+        self.lives: dict[str, LiveCollection] = {}
+        self._by_id: dict[int, LiveCollection] = {}
+        self._waiting: dict[str, Future[None]] = {}
+        self._work = threading.Condition()
+        self._sealer = ThreadPoolExecutor(1, thread_name_prefix="seal")
+
+    # --- collections ---
+
+    def add(self, live: LiveCollection) -> None:
+        self._by_id[live.id] = live
+        self.lives[live.name] = live
+        self.metrics.memories.labels(live.name).set_function(lambda: live.bank.view().count)
+
+    def remove(self, live: LiveCollection) -> None:
+        self.lives.pop(live.name, None)
+        self._by_id.pop(live.id, None)
+        self.metrics.memories.remove(live.name)
+
+    def live(self, name: str) -> LiveCollection:
+        """Raises `CollectionNotFound`."""
+        live = self.lives.get(name)
+        if live is None:
+            raise CollectionNotFound(f"there is no collection {name}")
+        return live
+
+    def live_by_id(self, collection_id: int) -> LiveCollection:
+        live = self._by_id.get(collection_id)
+        if live is None:
+            raise CollectionNotFound("the collection was deleted meanwhile")
+        return live
+
+    # --- jobs ---
+
+    def enqueue(self, kind: str, collection_id: int, items: Sequence[NewItem] = ()) -> tuple[str, Future[None]]:
+        """Commit a job and wake a worker. The future ends with the job, however it ends."""
+        done: Future[None] = Future()
+        job_id = self.repository.enqueue(kind, collection_id, {"items": len(items)}, items)
+        with self._work:
+            self._waiting[job_id] = done
+            self._work.notify_all()
+        # A worker may have finished it before the future was there to be told.
+        if self.repository.get_job(job_id).status not in ("queued", "running"):
+            self.ended(job_id)
+        return job_id, done
+
+    def ended(self, job_id: str) -> None:
+        with self._work:
+            done = self._waiting.pop(job_id, None)
+        if done is not None:
+            done.set_result(None)
+
+    def wait_for_work(self, timeout_s: float) -> None:
+        with self._work:
+            self._work.wait(timeout_s)
+
+    def wake_workers(self) -> None:
+        with self._work:
+            self._work.notify_all()
+
+    # --- what follows from a write ---
+
+    def after_write(self, live: LiveCollection) -> None:
+        """Seal and recalibrate in the background where it is due."""
+        if live.bank.seal_due() and live.sealing.acquire(blocking=False):
+            self._sealer.submit(self._seal, live)
+        self.calibrate_if_due(live)
+
+    def calibrate_if_due(self, live: LiveCollection) -> None:
+        with self._work:
+            if live.calibration_queued or live.calibration_state() not in ("pending", "stale"):
+                return
+            live.calibration_queued = True
+        try:
+            self.enqueue(CALIBRATE_JOB, live.id)
+        except BaseException:
+            live.calibration_queued = False
+            raise
+
+    def _seal(self, live: LiveCollection) -> None:
+        try:
+            while live.bank.seal_due() and live.bank.seal():
+                pass
+        except Exception:
+            # The tail is still scanned exactly: answers stay right, only slower.
+            log.exception("sealing failed", collection=live.name)
+        finally:
+            live.sealing.release()
+
+    def close(self) -> None:
+        self._sealer.shutdown(wait=True, cancel_futures=True)
+        for job_id in list(self._waiting):
+            self.ended(job_id)

@@ -1,0 +1,477 @@
+"""What callers send and get: the one contract shared by REST, the in-process client and, later, gRPC.
+
+Rules:
+- Requests refuse unknown fields: a misspelt option is an error, never ignored.
+- None in a recall option means "the collection's default"; the collection's own defaults are `RecallDefaults`.
+- Binary content is `bytes` here and base64 in JSON; in process, bytes and arrays are passed as they are.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.functional_validators import SkipValidation
+
+from service.core.separation import Separation
+from service.core.similarity import Similarity
+from service.encoders.corruption import Corruption
+from service.encoders.protocol import Source
+
+BATCH_MAX = 1_000  # memories or cues in one request: a batch is decoded and held in memory whole
+LIMIT_MAX = 1_000  # matches in one answer; a page a person or program can still use
+SUPPORT_MAX = 4_096  # rows gathered per cue: at 3,072 values a row, 50 MB a cue
+STEPS_MAX = 100  # updates of one recall; modern Hopfield dynamics settles in a handful
+TEXT_MAX = 10_000  # characters of one text; every text tower here cuts far below it
+PAYLOAD_BYTES_MAX = 64 * 2**10  # payloads are kept in memory beside the patterns
+DIMENSION_MAX = 65_536
+SPACES_MAX = 16
+FAULTS_MAX = 10  # of a request with hundreds of faults the first ones are enough to mend it
+
+
+class Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
+
+
+class Reply(BaseModel):
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+
+def _to_bytes(value: object) -> object:
+    if isinstance(value, str):
+        try:
+            return base64.b64decode(value, validate=True)
+        except (binascii.Error, ValueError):
+            raise ValueError("not valid base64") from None
+    return value
+
+
+def _to_array(value: object) -> NDArray[np.float32]:
+    return np.asarray(value, dtype=np.float32)
+
+
+def _is_array(value: object) -> object:
+    if isinstance(value, np.ndarray):
+        if value.ndim != 1 or value.dtype.kind not in "fiu":
+            raise ValueError(f"a vector has one axis of numbers, this has shape {value.shape} of {value.dtype}")
+        return value.tolist()
+    return value
+
+
+Base64 = Annotated[
+    bytes,
+    BeforeValidator(_to_bytes),
+    PlainSerializer(lambda data: base64.b64encode(data).decode(), return_type=str),
+    WithJsonSchema({"type": "string", "contentEncoding": "base64"}),
+]
+Vector = Annotated[
+    list[Annotated[float, Field(allow_inf_nan=True)]],  # a NaN is refused with the code of its own, later
+    Field(min_length=1, max_length=DIMENSION_MAX),
+    BeforeValidator(_is_array),
+    AfterValidator(_to_array),
+    PlainSerializer(lambda vector: np.asarray(vector).tolist(), return_type=list[float]),
+]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$", description="letters, digits, _ . -")]
+
+
+def _check_id(value: str) -> str:
+    if value != value.strip() or not value.isprintable():
+        raise ValueError("an id has no surrounding space and no control characters")
+    if value.endswith("/content"):
+        raise ValueError("an id cannot end in /content: that address is its original's")
+    return value
+
+
+MemoryId = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_check_id)]
+Text = Annotated[str, Field(max_length=TEXT_MAX)]
+Payload = dict[str, Any]
+
+
+class ValidationFailure(Protocol):
+    def errors(self) -> Sequence[Any]: ...
+
+
+def faults(error: ValidationFailure) -> str:
+    """What validation found, a clause each: `cue.text: String should have at most 10000 characters`."""
+    found = error.errors()
+    clauses = []
+    for fault in found[:FAULTS_MAX]:
+        where = ".".join(str(part) for part in fault["loc"] if part != "body")
+        message = str(fault["msg"]).removeprefix("Value error, ")
+        clauses.append(f"{where}: {message}" if where else message)
+    if len(found) > FAULTS_MAX:
+        clauses.append(f"and {len(found) - FAULTS_MAX} more")
+    return "; ".join(dict.fromkeys(clauses))
+
+
+# --- collections ------------------------------------------------------------------------------------------------------
+
+
+class EntmaxSpec(Request):
+    """α-entmax; α of 1 is softmax and 2 is sparsemax."""
+
+    entmax: Literal[1, 1.5, 2]
+
+
+SeparationSpec = Literal["softmax", "sparsemax", "max"] | EntmaxSpec
+Beta = Literal["auto"] | Annotated[float, Field(gt=0, le=1e6)]
+Support = Literal["dense"] | Annotated[int, Field(ge=1, le=SUPPORT_MAX)]
+Weight = Annotated[float, Field(gt=0, le=1e6)]
+
+
+def separation_of(spec: SeparationSpec) -> Separation:
+    if isinstance(spec, EntmaxSpec):
+        return {1.0: "softmax", 1.5: "entmax15", 2.0: "sparsemax"}[float(spec.entmax)]  # type: ignore[return-value]
+    return spec
+
+
+class SpaceConfig(Request):
+    """A named latent space: made by an encoder from the memory's image or text, or filled by the caller's own
+    vectors.
+    """
+
+    encoder: str | None = Field(default=None, description="an encoder's name; absent: the caller sends vectors")
+    options: dict[str, Any] = Field(default_factory=dict, description="the encoder's options")
+    source: Source = Field(default="image", description="the part of a memory that the encoder reads")
+    dimension: int | None = Field(default=None, ge=1, le=DIMENSION_MAX, description="needed without an encoder")
+    similarity: Similarity = "cosine"
+    weight: Weight = 1.0
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if self.encoder is None and self.dimension is None:
+            raise ValueError("a space needs an encoder, or a dimension for the caller's own vectors")
+        if self.encoder is None and self.options:
+            raise ValueError("options belong to an encoder, and this space has none")
+        if self.encoder is not None and self.dimension is not None:
+            raise ValueError("an encoder decides the dimension; leave it out")
+        return self
+
+
+class RecallDefaults(Request):
+    """How a collection recalls unless the request says otherwise."""
+
+    separation: SeparationSpec = "softmax"
+    beta: Beta = "auto"
+    support: Support = 64
+    update_steps_max: int = Field(default=3, ge=0, le=STEPS_MAX)
+    step_size: float = Field(default=1.0, gt=0, le=1)
+    clamp_observed: bool = False
+
+
+class PrototypesSpec(Request):
+    prototypes: int = Field(ge=2, le=4_096)
+
+
+class GateConfig(Request):
+    """The gate: which rows its mass is summed over, and the share of declared cues it must let through."""
+
+    interaction: Literal["bank"] | PrototypesSpec = "bank"
+    target_tpr: float = Field(default=0.95, ge=0.5, le=0.999)
+
+
+def default_spaces() -> dict[str, SpaceConfig]:
+    return {
+        "image": SpaceConfig(encoder="pixels"),
+        "joint": SpaceConfig(encoder="bridge"),
+        "text": SpaceConfig(encoder="bridge", source="text"),
+    }
+
+
+class CollectionConfig(Request):
+    """PUT /v1/collections/{c}. With no spaces it gets the default ones: `image`, `joint`, `text`."""
+
+    spaces: dict[Name, SpaceConfig] = Field(default_factory=default_spaces, min_length=1, max_length=SPACES_MAX)
+    recall: RecallDefaults = Field(default_factory=RecallDefaults)
+    corruptions: list[Corruption] | None = Field(
+        default=None, min_length=1, max_length=32, description="how cues differ from memories; absent: mild ones"
+    )
+    gate: GateConfig = Field(default_factory=GateConfig)
+
+    @model_validator(mode="after")
+    def _one_similarity(self) -> Self:
+        kinds = {space.similarity for space in self.spaces.values()}
+        if kinds != {"cosine"} and len(self.spaces) > 1:
+            raise ValueError("dot and neg_l2 see raw values, so a collection that uses one of them has one space")
+        return self
+
+
+class SpaceInfo(Reply):
+    encoder: str | None
+    fingerprint: str | None
+    source: Source | None
+    dimension: int
+    similarity: Similarity
+    weight: float
+    decodable: bool
+
+
+class CalibrationRecord(Reply):
+    """What the gate and β of one modality rest on; `refused` says why there is no threshold."""
+
+    modality: str
+    version: int = Field(description="the collection's version when it was made")
+    rows: int = Field(description="memories then")
+    cues: int = Field(description="cues made from stored memories")
+    corruptions: list[str]
+    margin: float | None = Field(description="the margin that `share` of the cues exceed; auto β comes from it")
+    share: float
+    first_share: float = Field(description="share of the cues whose own memory came first")
+    target_tpr: float
+    gate_beta: float | None
+    log_lambda: float | None
+    stranger_accept_rate: float | None = Field(
+        description="share of the same cues let in when their own memory was left out: strangers of the same kind"
+    )
+    refused: str | None = None
+    prototypes: Base64 | None = Field(default=None, exclude=True)
+
+
+CalibrationState = Literal["none", "pending", "current", "stale"]
+
+
+class CalibrationInfo(Reply):
+    state: CalibrationState
+    modalities: list[CalibrationRecord]
+
+
+class CollectionInfo(Reply):
+    name: str
+    version: int
+    count: int
+    created_at: str
+    spaces: dict[str, SpaceInfo]
+    recall: RecallDefaults
+    corruptions: list[str]
+    gate: GateConfig
+    calibration: CalibrationInfo
+    bytes: dict[str, int] = Field(description="memory held by the bank, by kind")
+
+
+class CollectionList(Reply):
+    collections: list[CollectionInfo]
+
+
+# --- store ------------------------------------------------------------------------------------------------------------
+
+
+class ImageInput(Request):
+    base64: Base64 = Field(description="the file's bytes: PNG, JPEG, WebP, GIF, BMP or TIFF")
+
+
+class MemoryInput(Request):
+    id: MemoryId | None = Field(default=None, description="yours; absent: one is made. Storing an id again replaces it")
+    image: ImageInput | None = None
+    text: Text | None = None
+    vectors: dict[Name, Vector] | None = None
+    payload: Payload | None = None
+
+
+class StoreRequest(Request):
+    """Items are checked one by one: a bad one is reported under its position and the rest are stored."""
+
+    memories: list[SkipValidation[Any]] = Field(min_length=1, max_length=BATCH_MAX, json_schema_extra={"items": {}})
+    wait: bool = True
+    timeout_s: float = Field(default=30, gt=0, le=600)
+
+
+class Problem(Reply):
+    code: str
+    detail: str
+
+
+class ProblemDetails(Reply):
+    """application/problem+json (RFC 9457)."""
+
+    type: str
+    title: str
+    status: int
+    code: str
+    detail: str
+
+
+class StoredItem(Reply):
+    id: str | None
+    status: Literal["stored", "updated", "queued", "error"]
+    warnings: list[str] = []
+    error: Problem | None = None
+
+
+class StoreReply(Reply):
+    version: int | None
+    results: list[StoredItem]
+    operation_id: str | None = None
+
+
+class Operation(Reply):
+    id: str
+    kind: str
+    collection: str | None
+    status: Literal["queued", "running", "done", "failed", "cancelled", "dead"]
+    progress: float
+    result: dict[str, Any] | None = None
+    error: Problem | None = None
+
+
+class OperationList(Reply):
+    operations: list[Operation]
+
+
+class TrainRequest(Request):
+    what: Literal["gate"]
+
+
+# --- recall -----------------------------------------------------------------------------------------------------------
+
+
+class Cue(Request):
+    """What is remembered of a memory: any of a text, an image (with a mask of what is missing) and vectors."""
+
+    text: Text | None = None
+    image: ImageInput | None = None
+    mask: ImageInput | None = Field(default=None, description="an image, white where the cue's image is missing")
+    vectors: dict[Name, Vector] | None = None
+
+    @model_validator(mode="after")
+    def _mask_needs_image(self) -> Self:
+        if self.mask is not None and self.image is None:
+            raise ValueError("a mask needs an image")
+        return self
+
+
+class RecallOptions(Request):
+    limit: int = Field(default=5, ge=1, le=LIMIT_MAX)
+    spaces: dict[Name, Weight] | None = Field(default=None, description="use these spaces only, with these weights")
+    support: Support | None = None
+    exact: bool = False
+    separation: SeparationSpec | None = None
+    beta: Beta | None = None
+    update_steps_max: int | None = Field(default=None, ge=0, le=STEPS_MAX)
+    step_size: float | None = Field(default=None, gt=0, le=1)
+    clamp_observed: bool | None = None
+    gate: bool = True
+    certify: bool = False
+    reconstruct: bool = False
+    with_payload: bool = True
+    with_vectors: bool = False
+    trace: bool = Field(default=False, description="decode the state after every step")
+
+
+class RecallRequest(RecallOptions):
+    cue: Cue | None = None
+    cues: list[Cue] | None = Field(default=None, min_length=1, max_length=BATCH_MAX)
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if (self.cue is None) == (self.cues is None):
+            raise ValueError("send either cue or cues")
+        return self
+
+
+class Match(Reply):
+    id: str
+    weight: float
+    similarity: float
+    payload: Payload | None = None
+    vectors: dict[str, list[float]] | None = None
+
+
+class Dynamics(Reply):
+    steps: int
+    converged: bool
+    outcome: str
+    energy: list[float]
+    margin: float | None = Field(description="similarity of the first candidate less the second's, before any step")
+    beta: float
+    support: int
+    certified: bool
+    error_bound: float | None
+
+
+class GateReply(Reply):
+    score: float
+    threshold: float
+    target_tpr: float
+    modality: str
+    rejected_at: int | None
+
+
+class Drawing(Reply):
+    media_type: str = "image/png"
+    base64: Base64
+
+
+Verdict = Literal["known", "ambiguous", "unknown", "uncalibrated"]
+
+
+class RecallResult(Reply):
+    verdict: Verdict | None = Field(description="null where the cue itself was wrong: see error")
+    matches: list[Match]
+    recall: Dynamics | None
+    gate: GateReply | None
+    reconstruction: Drawing | None = None
+    trace: list[Drawing] | None = None
+    warnings: list[str] = []
+    error: Problem | None = None
+
+    @classmethod
+    def failed(cls, code: str, detail: str) -> Self:
+        return cls(verdict=None, matches=[], recall=None, gate=None, error=Problem(code=code, detail=detail))
+
+
+class Timings(Reply):
+    encode: float = 0.0
+    search: float = 0.0
+    gate: float = 0.0
+    dynamics: float = 0.0
+    decode: float = 0.0
+    total: float = 0.0
+
+
+class RecallReply(Reply):
+    version: int
+    results: list[RecallResult]
+    timings_ms: Timings
+
+
+# --- memories ---------------------------------------------------------------------------------------------------------
+
+
+class MemoryInfo(Reply):
+    id: str
+    version: int
+    text: str | None
+    payload: Payload | None
+    spaces: list[str]
+    has_content: bool = Field(description="whether its original bytes can be had at …/content")
+    media_type: str | None
+    created_at: str
+    updated_at: str
+
+
+class DeleteRequest(Request):
+    ids: list[MemoryId] = Field(min_length=1, max_length=10_000)
+
+
+class DeleteReply(Reply):
+    version: int
+    deleted: list[str]
+
+
+class CountReply(Reply):
+    version: int
+    count: int

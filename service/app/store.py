@@ -1,0 +1,249 @@
+"""Store: check each item, keep its original, commit a job, encode in batches, commit the memories, let the bank follow.
+
+Rules:
+- Acknowledged is on disk: with `wait` the memories are committed; without it the originals and the job are.
+- An item that only brings vectors needs no encoding and is committed at once.
+- A bad item is reported under its position and the rest are stored.
+"""
+
+from __future__ import annotations
+
+import base64
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from service.app.cues import Parts, Vectors, check_vector, encode_memories
+from service.app.live import LiveCollection
+from service.app.resources import Resources
+from service.app.schemas import (
+    PAYLOAD_BYTES_MAX,
+    MemoryInput,
+    Problem,
+    StoredItem,
+    StoreReply,
+    StoreRequest,
+    faults,
+)
+from service.bank import Rows
+from service.encoders.picture import media_type, read_picture
+from service.errors import EmptyText, EngramError, InvalidRequest
+from service.storage.jobs import ItemAnswer, Job, JobItem, JobItems, NewItem
+from service.storage.memories import MemoryWrite, Written
+
+ENCODE_BATCH = (
+    64  # memories encoded and committed together: enough to fill a model's batch, little to redo after a crash
+)
+STORE_JOB = "store"
+
+
+@dataclass(frozen=True, eq=False)
+class Accepted:
+    """What `accept` did: `results` is complete except for items that are `queued` in job `job_id`; `done` ends with
+    it.
+    """
+
+    version: int | None
+    results: list[StoredItem]
+    job_id: str | None
+    done: Future[None] | None
+
+
+@dataclass(eq=False)
+class _Item:
+    id: str
+    text: str | None
+    payload: dict[str, Any] | None
+    vectors: Vectors
+    image: bytes | None
+    media_type: str | None
+    warnings: list[str]
+
+
+def accept(resources: Resources, live: LiveCollection, request: StoreRequest) -> Accepted:
+    """Check every item; commit those that only bring vectors, and a job for the rest."""
+    results: list[StoredItem] = []
+    ready: list[tuple[int, _Item]] = []
+    queued: list[tuple[int, _Item]] = []
+    for position, raw in enumerate(request.memories):
+        try:
+            item = _check(resources, live, raw)
+        except EngramError as error:
+            given = raw.get("id") if isinstance(raw, dict) else getattr(raw, "id", None)
+            results.append(_failed(given if isinstance(given, str) else None, error))
+            continue
+        needs_encoding = item.image is not None or item.text is not None
+        (queued if needs_encoding else ready).append((position, item))
+        results.append(StoredItem(id=item.id, status="queued", warnings=item.warnings))
+    version = None
+    if ready:
+        writes = [MemoryWrite(item.id, payload=item.payload, vectors=item.vectors) for _, item in ready]
+        written = commit(resources, live, writes)
+        version = written.version
+        for (position, _), status in zip(ready, written.statuses, strict=True):
+            results[position].status = status
+    if not queued:
+        return Accepted(version, results, None, None)
+    images = [item.image for _, item in queued if item.image is not None]
+    hashes = iter(resources.blobs.put_many(images))
+    items = [_job_item(position, item, next(hashes) if item.image is not None else None) for position, item in queued]
+    job_id, done = resources.enqueue(STORE_JOB, live.id, items)
+    return Accepted(version, results, job_id, done)
+
+
+def reply(resources: Resources, accepted: Accepted) -> StoreReply:
+    """The reply as things stand: items of a finished job carry their outcome, the others stay `queued`."""
+    if accepted.job_id is None:
+        return StoreReply(version=accepted.version, results=accepted.results)
+    job = resources.repository.get_job(accepted.job_id)
+    results = list(accepted.results)
+    if job.status == "done" and job.result is not None:
+        for position, outcome in job.result["results"]:
+            results[position] = StoredItem.model_validate(outcome)
+        versions = [v for v in (accepted.version, job.result["version"]) if v is not None]
+        return StoreReply(version=max(versions, default=None), results=results)
+    if job.status in ("failed", "dead", "cancelled"):
+        error = Problem.model_validate(job.error or {"code": "cancelled", "detail": "the operation was cancelled"})
+        queued = StoredItem(id=None, status="error", error=error)
+        results = [queued.model_copy(update={"id": r.id}) if r.status == "queued" else r for r in results]
+    return StoreReply(version=accepted.version, results=results, operation_id=accepted.job_id)
+
+
+def run_store_job(resources: Resources, job: Job, beat: Callable[[float], None]) -> dict[str, Any]:
+    """Encode a job's items in batches, each committed with its items' answers; after a crash it resumes at the
+    first not answered.
+    """
+    assert job.collection_id is not None
+    live = resources.live_by_id(job.collection_id)
+    total = job.payload["items"]
+    while items := resources.repository.pending_items(job.id, ENCODE_BATCH):
+        _store_batch(resources, live, job, items)
+        beat(min(1.0, (items[-1].position + 1) / total))
+    results = []
+    version = None
+    for answer in resources.repository.item_answers(job.id):
+        outcome = answer.result
+        version = max(version or 0, outcome.pop("version", 0)) or None
+        results.append((outcome.pop("position"), outcome))
+    return {"version": version, "results": results}
+
+
+def _store_batch(resources: Resources, live: LiveCollection, job: Job, items: Sequence[JobItem]) -> None:
+    read: list[tuple[JobItem, Parts]] = []
+    failures: list[ItemAnswer] = []
+    for item in items:
+        try:
+            read.append((item, _parts_of(resources, item.body)))
+        except EngramError as error:
+            failures.append(_failure(item, error))
+    writes: list[MemoryWrite] = []
+    positions: list[int] = []
+    notes: list[dict[str, Any]] = []
+    for (item, parts), encoded in zip(read, encode_memories(live, [parts for _, parts in read]), strict=True):
+        if isinstance(encoded, EngramError):
+            failures.append(_failure(item, encoded))
+            continue
+        body = item.body
+        writes.append(
+            MemoryWrite(body["id"], parts.text, body["payload"], body["blob_hash"], body["media_type"], encoded.vectors)
+        )
+        positions.append(item.position)
+        notes.append({"position": body["position"], "warnings": [*body["warnings"], *encoded.warnings]})
+    if failures:
+        resources.repository.finish_items(job.id, failures)
+    if writes:
+        commit(resources, live, writes, JobItems(job.id, positions, notes))
+
+
+def commit(
+    resources: Resources, live: LiveCollection, writes: Sequence[MemoryWrite], job: JobItems | None = None
+) -> Written:
+    """Commit memories (with their job items' answers, in one transaction), then let the bank follow."""
+    written = resources.repository.put_memories(live.id, writes, job)
+    rows = Rows(
+        ids=[write.id for write in writes],
+        vectors={
+            space.name: np.stack([write.vectors.get(space.name, _absent(space.dimension)) for write in writes])
+            for space in live.spaces.values()
+        },
+        payloads=[None if write.payload is None else orjson.dumps(write.payload) for write in writes],
+    )
+    with live.follow(written.version):
+        live.bank.write(rows, [], written.version)
+    resources.metrics.stored.labels(live.name).inc(len(writes))
+    resources.after_write(live)
+    return written
+
+
+@cache
+def _absent(dimension: int) -> NDArray[np.float32]:
+    """The block of a memory that lacks the space."""
+    return np.zeros(dimension, dtype=np.float32)
+
+
+def _check(resources: Resources, live: LiveCollection, raw: object) -> _Item:
+    """One memory of a request, checked whole. Raises the `EngramError` that says what is wrong with it."""
+    try:
+        memory = raw if isinstance(raw, MemoryInput) else MemoryInput.model_validate(raw)
+    except ValidationError as error:
+        raise InvalidRequest(faults(error)) from None
+    if memory.text is not None and not memory.text.strip():
+        raise EmptyText("the text has no characters but spaces")
+    if memory.payload is not None and len(_json(memory.payload)) > PAYLOAD_BYTES_MAX:
+        raise InvalidRequest(f"the payload is larger than {PAYLOAD_BYTES_MAX} bytes")
+    vectors = {name: check_vector(vector, name, live) for name, vector in (memory.vectors or {}).items()}
+    for name in vectors:
+        if (encoder := live.spaces[name].config.encoder) is not None:
+            raise InvalidRequest(f"space {name} is filled by its encoder {encoder}; send the image or text instead")
+    image, kind, warnings = None, None, ()
+    if memory.image is not None:
+        image = memory.image.base64
+        warnings = read_picture(image, pixels_max=resources.settings.image_pixels_max).warnings
+        kind = media_type(image)
+    sources = {"image": image is not None, "text": memory.text is not None}
+    if not vectors and not any(s.encoder is not None and sources[s.config.source] for s in live.spaces.values()):
+        raise InvalidRequest(f"nothing of this memory fills a space of {live.name} ({', '.join(live.spaces)})")
+    return _Item(memory.id or uuid.uuid4().hex, memory.text, memory.payload, vectors, image, kind, list(warnings))
+
+
+def _json(payload: Mapping[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(payload)
+    except (orjson.JSONEncodeError, RecursionError):
+        raise InvalidRequest("the payload is not JSON (numbers of at most 64 bits, at most 254 levels)") from None
+
+
+def _job_item(position: int, item: _Item, blob_hash: str | None) -> NewItem:
+    body = {
+        "position": position, "id": item.id, "text": item.text, "payload": item.payload, "blob_hash": blob_hash,
+        "media_type": item.media_type, "warnings": item.warnings,
+        "vectors": {name: base64.b64encode(vector.tobytes()).decode() for name, vector in item.vectors.items()},
+    }  # fmt: skip
+    return NewItem(body, blob_hash)
+
+
+def _parts_of(resources: Resources, body: Mapping[str, Any]) -> Parts:
+    picture = None
+    if body["blob_hash"] is not None:
+        picture = read_picture(resources.blobs.get(body["blob_hash"]), pixels_max=resources.settings.image_pixels_max)
+    vectors = {
+        name: np.frombuffer(base64.b64decode(packed), dtype=np.float32) for name, packed in body["vectors"].items()
+    }
+    return Parts(picture, body["text"], vectors)
+
+
+def _failed(memory_id: str | None, error: EngramError) -> StoredItem:
+    return StoredItem(id=memory_id, status="error", error=Problem(code=error.code, detail=error.detail))
+
+
+def _failure(item: JobItem, error: EngramError) -> ItemAnswer:
+    outcome = _failed(item.body["id"], error).model_dump(mode="json")
+    return ItemAnswer(item.position, "failed", {**outcome, "position": item.body["position"]})

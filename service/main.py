@@ -1,0 +1,65 @@
+"""The composition root of the server: settings in, a served engine out."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from service.settings import Settings
+
+GRACE_S = 10  # requests under way at SIGTERM get this long to finish
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A listening address held before anything is loaded. Raises `InvalidSettings` when it is taken or not ours."""
+    from service.errors import InvalidSettings
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise InvalidSettings(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
+    return sock
+
+
+def serve(
+    settings: Settings,
+    background: Callable[..., AbstractContextManager[None]],
+    started: Callable[[str], None],
+) -> None:
+    """Serve until SIGTERM or Ctrl-C. `background(engine)` runs the jobs; `started(url)` is called once requests are
+    answered.
+
+    Raises `FolderInUse`, `StorageUnavailable`, `InvalidSettings`.
+    """
+    # Read by OpenMP when torch and FAISS are first imported, hence before the imports below.
+    os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))
+    import torch
+    import uvicorn
+
+    from service.api.app import create_app
+    from service.app.engine import Engine
+    from service.observability import configure_logging
+
+    configure_logging()
+    torch.set_num_threads(settings.threads)
+    sock = bound_socket(settings.host, settings.port)
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    url = f"http://{host}:{sock.getsockname()[1]}"
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            engine.folder.announce(url)
+            started(url)
+
+    with sock, Engine(settings) as engine, background(engine):
+        key = settings.api_key.get_secret_value() if settings.api_key is not None else None
+        app = create_app(engine, api_key=key, body_bytes_max=settings.body_bytes_max)
+        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S)
+        Server(config).run(sockets=[sock])

@@ -1,0 +1,102 @@
+"""The loop that runs background jobs: claim, run, finish; one thread per kind, so that a long calibration never
+holds up a store.
+
+Rules:
+- A job is claimed under a lease that its handler's beats renew; a worker that dies loses it, and the job resumes
+  elsewhere.
+- However a job ends, whoever waits for it hears it.
+- A handler's own error fails the job with its code; an unexpected one is logged and reported as `internal`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import structlog
+
+from service.app.engine import Engine, Handler
+from service.errors import Conflict, EngramError
+from service.storage.jobs import Job
+
+log = structlog.get_logger()
+
+POLL_S = 1.0  # how late a job can start when its wake-up was missed
+
+
+class Cancelled(Exception):
+    """The job is no longer ours: cancelled, deleted with its collection, or taken over."""
+
+
+class Worker(threading.Thread):
+    def __init__(self, engine: Engine, kind: str, handler: Handler) -> None:
+        super().__init__(name=f"worker-{kind}", daemon=True)
+        self._engine = engine
+        self._kind = kind
+        self._handler = handler
+        self._owner = f"{os.getpid()}-{kind}"
+        self._stopping = threading.Event()
+
+    def run(self) -> None:
+        repository = self._engine.repository
+        while not self._stopping.is_set():
+            try:
+                job = repository.claim([self._kind], self._owner)
+            except EngramError as error:
+                log.warning("no job could be claimed", kind=self._kind, detail=error.detail)
+                self._stopping.wait(POLL_S)
+                continue
+            if job is None:
+                self._engine.resources.wait_for_work(POLL_S)
+            else:
+                self._run(job)
+
+    def stop(self) -> None:
+        """Ask the loop to end after the job it is at; at the next beat, that job goes back to the queue of those to
+        resume.
+        """
+        self._stopping.set()
+
+    def _run(self, job: Job) -> None:
+        status = "done"
+        try:
+            self._engine.repository.finish(job.id, self._handler(job, lambda progress: self._beat(job, progress)))
+        except Cancelled:
+            status = "cancelled"
+        except EngramError as error:
+            status = "cancelled" if isinstance(error, Conflict) else "failed"
+            self._fail(job, error.code, error.detail)
+        except Exception:
+            status = "failed"
+            log.exception("a job failed", kind=job.kind, job=job.id)
+            self._fail(job, "internal", "the server met an error of its own; its log has the details")
+        self._engine.resources.metrics.jobs.labels(job.kind, status).inc()
+        self._engine.resources.ended(job.id)
+
+    def _beat(self, job: Job, progress: float) -> None:
+        if self._stopping.is_set() or not self._engine.repository.heartbeat(job.id, self._owner, progress):
+            raise Cancelled
+
+    def _fail(self, job: Job, code: str, detail: str) -> None:
+        try:
+            self._engine.repository.fail(job.id, {"code": code, "detail": detail})
+        except EngramError as error:
+            log.warning("a job's failure could not be written", job=job.id, detail=error.detail)
+
+
+@contextmanager
+def running(engine: Engine) -> Iterator[None]:
+    """Workers for every kind of job the engine has, while the block runs."""
+    workers = [Worker(engine, kind, handler) for kind, handler in engine.handlers().items()]
+    for worker in workers:
+        worker.start()
+    try:
+        yield
+    finally:
+        for worker in workers:
+            worker.stop()
+        engine.resources.wake_workers()
+        for worker in workers:
+            worker.join()
