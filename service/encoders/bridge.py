@@ -129,7 +129,7 @@ def _input(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _network(weights: bytes) -> nn.Module:
-    """EfficientNet-Lite0 to infer with: batch norms folded, channels last (60 pictures a second, not 22, on a thread)."""
+    """EfficientNet-Lite0 to infer with: batch norms folded, channels last (60 a second, not 22, on a thread)."""
     network: nn.Module = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(io.BytesIO(weights), map_location="cpu", weights_only=True))
     network.eval()

@@ -114,7 +114,7 @@ class Pixels:
 
 
 def _stacks(pictures: Sequence[Picture]) -> list[list[int]]:
-    """Positions of the unmasked pictures in stacks of one shape and at most `PIXELS_AT_ONCE` pixels (or one picture)."""
+    """Positions of the unmasked pictures in stacks of one shape, of at most `PIXELS_AT_ONCE` pixels or of one."""
     by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, picture in enumerate(pictures):
         if picture.observed is None:
