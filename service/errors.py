@@ -1,7 +1,8 @@
 """Every error a caller can meet, as one tree.
 
 Rules:
-- A failure the caller can do something about is an `EngramError` with a stable `code`; codes are part of the API and never reused.
+- A failure the caller can do something about is an `EngramError` with a stable `code`; codes are part of the API
+  and never reused.
 - Foreign errors (Pillow, SQLAlchemy, the operating system) are translated where they are met, never shown.
 - One mapping (`service/api/problems.py`) turns the tree into `application/problem+json`.
 """

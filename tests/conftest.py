@@ -1,6 +1,7 @@
 """What every test shares: shape checks on, warnings as errors, property counts by profile.
 
-`ENGRAM_TEST_PROFILE=full` (`make test-full`) runs the counts that a release is judged by; the default is one small instance of everything.
+`TEST_PROFILE=full` (`make test-full`) runs the counts that a release is judged by; the default is one small
+instance of everything.
 """
 
 from __future__ import annotations
@@ -22,4 +23,4 @@ torch.set_num_threads(1)
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("quick", max_examples=50, **COMMON)
 settings.register_profile("full", max_examples=500, **COMMON)
-settings.load_profile(os.environ.get("ENGRAM_TEST_PROFILE", "quick"))
+settings.load_profile(os.environ.get("TEST_PROFILE", "quick"))

@@ -100,7 +100,7 @@ FILE = {"type": "string", "contentMediaType": "application/octet-stream"}
 JSON_TEXT = {"type": "string", "description": "JSON"}
 STORE_FORM = {
     "image": FILE, "text": {"type": "string"}, "id": {"type": "string"}, "payload": JSON_TEXT, "vectors": JSON_TEXT,
-    "memories": {"type": "string", "description": 'JSON: as in the JSON body; an image is {"part": "a file part\'s name"}'},
+    "memories": {"type": "string", "description": "JSON, as in the JSON body; an image is {\"part\": its part's name}"},
     "wait": JSON_TEXT, "timeout_s": JSON_TEXT,
 }  # fmt: skip
 RECALL_FORM = {"image": FILE, "mask": FILE, "text": {"type": "string"}, "vectors": JSON_TEXT, "cues": JSON_TEXT} | {
@@ -294,9 +294,7 @@ def _authorizer(key: str) -> Callable[..., Awaitable[None]]:
 
 def create_app(engine: Engine | None, *, api_key: str | None = None, body_bytes_max: int | None = None) -> FastAPI:
     """The application over an open engine (None only to generate the OpenAPI document)."""
-    app = FastAPI(
-        title="Engram", version="1", description=DESCRIPTION, max_body_size=body_bytes_max, openapi_version="3.1.0"
-    )
+    app = FastAPI(title="Engram", version="1", description=DESCRIPTION, max_body_size=body_bytes_max)
     app.state.engine = engine
     app.state.pool = Pool()
     guards = [] if api_key is None else [Depends(_authorizer(api_key))]

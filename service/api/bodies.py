@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import orjson
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import FormData, UploadFile
+from starlette.datastructures import UploadFile
 
 from service.api.problems import from_validation
 from service.app.schemas import BATCH_MAX, RecallRequest, StoreRequest
@@ -74,9 +74,8 @@ def _is_file(value: object) -> bool:
 
 
 async def _fields(request: Request) -> dict[str, Any]:
-    form: FormData = await request.form(max_files=BATCH_MAX, max_fields=BATCH_MAX, max_part_size=FIELD_BYTES_MAX)
     fields: dict[str, Any] = {}
-    async with form:
+    async with request.form(max_files=BATCH_MAX, max_fields=BATCH_MAX, max_part_size=FIELD_BYTES_MAX) as form:
         for name, value in form.multi_items():
             if name in fields:
                 raise InvalidRequest(f"the form has two parts named {name}")

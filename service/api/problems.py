@@ -17,7 +17,8 @@ log = structlog.get_logger()
 
 def as_response(error: EngramError) -> Response:
     body: dict[str, object] = {
-        "type": f"urn:engram:problem:{error.code}", "title": error.title, "status": error.status, "code": error.code, "detail": error.detail,
+        "type": f"urn:engram:problem:{error.code}", "title": error.title, "status": error.status,
+        "code": error.code, "detail": error.detail,
     }  # fmt: skip
     if error.errors:
         body["errors"] = [{"item": e.item, "code": e.code, "detail": e.detail} for e in error.errors]

@@ -68,7 +68,7 @@ def _weighted(live: LiveCollection, patterns: Tensor, spaces: tuple[str, ...]) -
     their score.
     """
     total = sum(live.spaces[name].weight for name in spaces)
-    parts = zip(live.spaces.values(), patterns.split(list(live.blocks.widths), dim=1), strict=True)
+    parts = zip(live.spaces.values(), torch.split(patterns, list(live.blocks.widths), dim=1), strict=True)
     return torch.cat([part * math.sqrt(s.weight / total) for s, part in parts if s.name in spaces], dim=1)
 
 
@@ -93,7 +93,7 @@ def stored_margin(live: LiveCollection, view: View, spaces: tuple[str, ...]) -> 
     margin = None
     if view.count > 1:
         rows = view.sample(STORED_SAMPLE, SEED)
-        parts = view.gather(rows[:, None])[:, 0].split(list(live.blocks.widths), dim=1)
+        parts = torch.split(view.gather(rows[:, None])[:, 0], list(live.blocks.widths), dim=1)
         cue = {name: part for name, part in zip(live.spaces, parts, strict=True) if name in spaces}
         weights = {name: live.spaces[name].weight for name in spaces}
         scores = view.search(cue, weights, 2).scores
@@ -108,10 +108,10 @@ def calibrate_collection(
     """Calibrate every modality that cues can be made for. Returns the records; the caller keeps them."""
     view = live.bank.view()
     rows = view.sample(min(CUES_MAX, view.count), SEED)
-    ids = [name for name in view.ids(rows[:, None]) for name in name if name is not None]
+    ids = [memory_id for line in view.ids(rows[:, None]) for memory_id in line if memory_id is not None]
     plans = list(_plans(live))
     records: dict[str, CalibrationRecord] = {}
-    for done, (sources, masked, corruptions) in enumerate(plans):
+    for done, (sources, corruptions) in enumerate(plans):
         cues: list[CueBlocks] = []
         own: list[str] = []
         for encoded, owners in _make_cues(live, resources, ids, sources, corruptions):
@@ -128,11 +128,11 @@ def calibrate_collection(
     return records
 
 
-Plan = tuple[tuple[str, ...], bool, list[Corruption]]
+Plan = tuple[tuple[str, ...], list[Corruption]]
 
 
 def _plans(live: LiveCollection) -> Iterator[Plan]:
-    """Which kinds of cue to make: (sources, masked, corruptions). A plan of several sources fills all their spaces
+    """Which kinds of cue to make: (sources, corruptions). A plan of several sources fills all their spaces
     at once.
     """
     encoded = [space for space in live.spaces.values() if space.encoder is not None]
@@ -144,13 +144,13 @@ def _plans(live: LiveCollection) -> Iterator[Plan]:
     for masked in (False, True):
         kinds = [c for c in pictures if c.hides == masked]
         if has_image and kinds:
-            yield ("image",), masked, kinds
+            yield ("image",), kinds
             if has_text and texts:
-                yield ("image", "text"), masked, kinds + texts
+                yield ("image", "text"), kinds + texts
     if has_text and texts:
-        yield ("text",), False, texts
+        yield ("text",), texts
     if vectors and any(space.encoder is None for space in live.spaces.values()):
-        yield ("vectors",), False, vectors
+        yield ("vectors",), vectors
 
 
 def _make_cues(

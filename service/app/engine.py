@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -138,10 +137,7 @@ class Engine:
         """Store and, with `wait`, wait at most `timeout_s` for what needs encoding."""
         accepted = self.accept(name, request)
         if request.wait and accepted.done is not None:
-            try:
-                accepted.done.result(request.timeout_s)
-            except FutureTimeoutError:
-                pass  # the reply then carries the operation, which goes on
+            wait([accepted.done], request.timeout_s)  # on a timeout the reply carries the operation, which goes on
         return self.store_reply(accepted)
 
     # --- recall ---

@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import orjson
@@ -21,9 +22,8 @@ from torch import Tensor
 
 from service.app.calibrate import gate_scores, margin_for
 from service.app.cues import CueBlocks, stack, whole_state
-from service.app.live import LiveCollection
+from service.app.live import LiveCollection, Space
 from service.app.schemas import (
-    CalibrationRecord,
     Drawing,
     Dynamics,
     GateReply,
@@ -36,17 +36,17 @@ from service.app.schemas import (
 from service.bank import Found, View
 from service.core.beta import auto_beta
 from service.core.certificate import softmax_bound, sparse_exact
-from service.core.retrieve import Outcome, Retrieval, retrieve
+from service.core.retrieve import Outcome, retrieve
 from service.core.separation import Separation
-from service.core.similarity import Blocks
+from service.core.similarity import Blocks, scores
 from service.encoders.picture import write_png
 from service.encoders.protocol import Decoder
-from service.errors import InvalidRequest, NotDecodable, UnknownSpace
+from service.errors import NotDecodable, UnknownSpace
 
 AMBIGUOUS_LOG_ODDS = math.log(3.0)  # step-0 odds of the first two under 3:1 (design: verdicts)
 AMBIGUOUS_WEIGHT = 0.75  # settled weight of the first under this
 SCORE_ERROR = 1e-6  # float32 rounding of a cosine over some thousand values
-DENSE_VALUES_MAX = 256 * 2**20  # rows × cues of a dense recall: its weights are held per step (1 GB in float32)
+VALUES_MAX = 64 * 2**20  # values of the patterns (or, dense, of the weights) that one batch gathers: 256 MB in float32
 
 
 @dataclass(frozen=True)
@@ -130,234 +130,238 @@ def recall_blocks(live: LiveCollection, cues: Sequence[CueBlocks], options: Reso
         groups[cue.modality].append(i)
     results: dict[int, RecallResult] = {}
     for modality, members in groups.items():
-        answered = _recall_group(live, view, modality, [cues[i] for i in members], options, watch)
-        results.update(zip(members, answered, strict=True))
+        for part in _within_memory(live, view, members, options):
+            answered = _Recall(live, view, modality, [cues[i] for i in part], options, watch).results()
+            results.update(zip(part, answered, strict=True))
     return Recalled(view.version, [results[i] for i in range(len(cues))], watch.seconds)
 
 
-def _recall_group(
-    live: LiveCollection, view: View, modality: str, cues: Sequence[CueBlocks], options: Resolved, watch: Stopwatch
-) -> list[RecallResult]:
-    if view.count == 0:
-        return [
-            RecallResult(verdict="uncalibrated", matches=[], recall=None, gate=None, warnings=c.warnings) for c in cues
-        ]
-    cue = stack(cues)
-    weights = options.chosen or {space.name: space.weight for space in live.spaces.values()}
-    weights = {name: weights[name] for name in cue}
-    blocks = live.blocks if options.spaces is None else _reweighted(live, options)
-    state, observed = whole_state(live, cue)
-    record = live.records.get(modality)
-    watch.lap("other")
-
-    found, stored = _candidates(view, cue, weights, state, options)
-    valid = None if found.rows.min() >= 0 else found.rows >= 0
-    watch.lap("search")
-
-    scores, record = _gate(live, cue, found, record, options)
-    watch.lap("gate")
-
-    beta = _beta(live, view, modality, record, cue, found.rows.shape[1], options)
-    settled = retrieve(
-        blocks, stored, state, beta=beta, separation=options.separation, observed=observed, valid=valid,
-        first_scores=found.scores, step_size=options.step_size, update_steps_max=options.update_steps_max,
-        clamp_observed=options.clamp_observed, trace=options.trace,
-    )  # fmt: skip
-    certified, bounds = _certificates(live, view, blocks, found, settled, beta, options)
-    watch.lap("dynamics")
-
-    verdicts = _verdicts(found, settled, scores, record, beta)
-    drawings, traces = _draw(live, view, found, settled, verdicts, options)
-    watch.lap("decode")
-
-    results = _replies(live, view, cues, found, settled, options)
-    for i, result in enumerate(results):
-        result.verdict = verdicts[i]
-        result.reconstruction = drawings[i]
-        result.trace = traces[i]
-        assert result.recall is not None
-        result.recall.beta = beta
-        result.recall.certified = certified[i]
-        result.recall.error_bound = bounds[i]
-        if record is not None and scores is not None and record.log_lambda is not None:
-            result.gate = GateReply(
-                score=scores[i], threshold=record.log_lambda, target_tpr=record.target_tpr, modality=modality,
-                rejected_at=0 if verdicts[i] == "unknown" else None,
-            )  # fmt: skip
-    watch.lap("other")
-    return results
+def _within_memory(
+    live: LiveCollection, view: View, members: Sequence[int], options: Resolved
+) -> Iterator[Sequence[int]]:
+    """Split a batch so that what it gathers stays under `VALUES_MAX`."""
+    gathered = 0 if options.support == "dense" else max(options.support, options.limit) * live.layout.dimension
+    per_cue = gathered or view.count
+    size = max(1, VALUES_MAX // max(1, per_cue))
+    return (members[start : start + size] for start in range(0, len(members), size))
 
 
-def _reweighted(live: LiveCollection, options: Resolved) -> Blocks:
-    """The collection's blocks with the request's weights; a space the request leaves out keeps its own for later
-    steps.
+class _Recall:
+    """One batch of cues of one modality on its way through the stages; each stage reads what the ones before it
+    left.
     """
-    chosen = options.chosen or {}
+
+    def __init__(
+        self, live: LiveCollection, view: View, modality: str, cues: Sequence[CueBlocks], options: Resolved,
+        watch: Stopwatch,
+    ) -> None:  # fmt: skip
+        self.live, self.view, self.modality = live, view, modality
+        self.cues, self.options, self.watch = cues, options, watch
+        self.record = live.records.get(modality)
+        self.blocks = live.blocks if options.spaces is None else _reweighted(live, dict(options.spaces))
+
+    def results(self) -> list[RecallResult]:
+        if self.view.count == 0:
+            return [
+                RecallResult(verdict="uncalibrated", matches=[], recall=None, gate=None, warnings=cue.warnings)
+                for cue in self.cues
+            ]
+        self.cue = stack(self.cues)
+        self.state, self.observed = whole_state(self.live, self.cue)
+        self._search()
+        self.watch.lap("search")
+        self._gate()
+        self.watch.lap("gate")
+        self._settle()
+        self._certify()
+        self.watch.lap("dynamics")
+        self._judge()
+        drawings, traces = self._draw()
+        self.watch.lap("decode")
+        results = self._replies()
+        for result, drawing, trace in zip(results, drawings, traces, strict=True):
+            result.reconstruction, result.trace = drawing, trace
+        return results
+
+    def _search(self) -> None:
+        """The rows that take part, by falling score: `found`; their patterns, gathered per cue or (dense) shared."""
+        options = self.options
+        self.order: Tensor | None = None  # dense: the shared patterns' columns by falling score
+        if options.support == "dense":
+            self.stored, rows = self.view.matrix()
+            self.first_scores = scores(self.blocks, self.stored, self.state, self.observed)
+            self.order = self.first_scores.argsort(dim=1, descending=True, stable=True)
+            self.found = Found(rows[self.order], self.first_scores.gather(1, self.order), exact=True)
+        else:
+            weights = dict(zip(self.live.spaces, self.blocks.weights, strict=True))
+            limit = max(options.support, options.limit)
+            self.found = self.view.search(self.cue, weights, limit, exact=options.exact)
+            self.stored, self.first_scores = self.view.gather(self.found.rows), self.found.scores
+
+    def _gate(self) -> None:
+        """log S per cue; None where there is no threshold: it holds for this modality and the collection's own
+        weights.
+        """
+        self.mass: list[float] | None = None
+        record = self.record
+        wanted = self.options.gate and self.options.spaces is None
+        if wanted and record is not None and record.log_lambda is not None:
+            self.mass = gate_scores(self.live, self.cue, self.found.scores, record).tolist()
+
+    def _settle(self) -> None:
+        options = self.options
+        self.beta = options.beta if options.beta != "auto" else self._auto_beta()
+        # Padding is last in a row, so a look at the last column finds it; a dense support has none.
+        padded = self.order is None and bool((self.found.rows[:, -1] < 0).any())
+        settled = retrieve(
+            self.blocks, self.stored, self.state, beta=self.beta, separation=options.separation,
+            observed=self.observed, valid=self.found.rows >= 0 if padded else None, first_scores=self.first_scores,
+            step_size=options.step_size, update_steps_max=options.update_steps_max,
+            clamp_observed=options.clamp_observed, trace=options.trace,
+        )  # fmt: skip
+        self.settled = settled
+        self.weights = settled.weights if self.order is None else settled.weights.gather(1, self.order)
+
+    def _auto_beta(self) -> float:
+        margin = margin_for(self.live, self.view, self.modality, self.record, tuple(self.cue))
+        support = int(self.found.rows.shape[1])
+        return beta_for(margin, self.options.separation, self.view.norm_max, support)
+
+    def _certify(self) -> None:
+        """A certificate belongs to a step whose rows an exact search chose at that step's state, over the blocks it
+        scores.
+        """
+        options, settled = self.options, self.settled
+        batch = len(self.cues)
+        self.certified, self.error_bound = [False] * batch, [None] * batch
+        if options.certify:
+            parts = torch.split(settled.state, list(self.blocks.widths), dim=1)
+            weights = dict(zip(self.live.spaces, self.blocks.weights, strict=True))
+            again = self.view.search(
+                dict(zip(self.live.spaces, parts, strict=True)), weights, self.found.rows.shape[1], exact=True
+            )
+            step = retrieve(
+                self.blocks, self.view.gather(again.rows), settled.state, beta=self.beta,
+                separation=options.separation, valid=again.rows >= 0, first_scores=again.scores, update_steps_max=1,
+            )  # fmt: skip
+            scored, applies = again.scores, [True] * batch
+            moved = torch.linalg.vector_norm(step.state - settled.state, dim=1)
+        elif self.found.exact:
+            scored, applies = self.found.scores, (settled.steps == 1).tolist()
+            moved = torch.zeros(batch)
+        else:
+            return
+        if options.separation == "softmax":
+            missed = softmax_bound(scored, self.view.count, self.beta, self.view.norm_max, SCORE_ERROR)[1]
+            holds, distance = [True] * batch, (missed + moved).tolist()
+        elif options.separation == "max":
+            holds, distance = [True] * batch, moved.tolist()  # the first row is the first of all rows
+        else:
+            exact = sparse_exact(options.separation, scored, self.beta, self.view.count, SCORE_ERROR)
+            holds, distance = exact.tolist(), moved.tolist()
+        for i in range(batch):
+            if applies[i] and holds[i]:
+                self.certified[i], self.error_bound[i] = True, distance[i]
+
+    def _judge(self) -> None:
+        if self.mass is None or self.record is None or self.record.log_lambda is None:
+            self.verdicts: list[Verdict] = ["uncalibrated"] * len(self.cues)
+            return
+        first = self.found.scores[:, :2]
+        unsure = self.weights.amax(dim=1) < AMBIGUOUS_WEIGHT
+        if first.shape[1] > 1:
+            unsure = unsure | (self.beta * (first[:, 0] - first[:, 1]) < AMBIGUOUS_LOG_ODDS)
+        threshold = self.record.log_lambda
+        self.verdicts = [
+            "unknown" if mass <= threshold else "ambiguous" if doubt else "known"
+            for mass, doubt in zip(self.mass, unsure.tolist(), strict=True)
+        ]
+
+    def _draw(self) -> tuple[list[Drawing | None], list[list[Drawing] | None]]:
+        """Decode what was recalled: raw patterns under the settled weights. An unknown cue has no reconstruction."""
+        batch = len(self.cues)
+        drawings: list[Drawing | None] = [None] * batch
+        traces: list[list[Drawing] | None] = [None] * batch
+        space = self.live.decoder_space
+        if space is None:
+            return drawings, traces
+        if self.options.reconstruct:
+            drawn = [i for i, verdict in enumerate(self.verdicts) if verdict != "unknown"]
+            for i, drawing in zip(drawn, self._decode(space, self.found.rows[drawn], self.weights[drawn]), strict=True):
+                drawings[i] = drawing
+        if self.settled.step_weights is not None:
+            for i, steps in enumerate(self.settled.steps.tolist()):
+                weights = self.settled.step_weights[: steps + 1, i]
+                if self.order is not None:
+                    weights = weights[:, self.order[i]]
+                traces[i] = self._decode(space, self.found.rows[i].expand(steps + 1, -1), weights)
+        return drawings, traces
+
+    def _decode(self, space: Space, rows: Tensor, weights: Tensor) -> list[Drawing]:
+        assert isinstance(space.encoder, Decoder)
+        if not len(rows):
+            return []
+        latents = self.view.read_out(rows, weights, space.name)
+        return [Drawing(base64=write_png(pixels)) for pixels in space.encoder.decode(latents.numpy())]
+
+    def _replies(self) -> list[RecallResult]:
+        found, settled, options = self.found, self.settled, self.options
+        # Candidates come by falling similarity, so a stable sort by weight leaves ties in that order.
+        order = self.weights.argsort(dim=1, descending=True, stable=True)[:, : options.limit]
+        rows = found.rows.gather(1, order)
+        weights, similarities = self.weights.gather(1, order).tolist(), found.scores.gather(1, order).tolist()
+        ids = self.view.ids(rows)
+        payloads = self.view.payloads(rows) if options.with_payload else None
+        vectors = self._raw_vectors(rows) if options.with_vectors else None
+        margins = (found.scores[:, 0] - found.scores[:, min(1, found.scores.shape[1] - 1)]).tolist()
+        supports = (found.rows >= 0).sum(dim=1).tolist()
+        steps, outcomes, energies = settled.steps.tolist(), settled.outcome.tolist(), settled.energy.tolist()
+        results = []
+        for i, cue in enumerate(self.cues):
+            matches = []
+            for j, memory_id in enumerate(ids[i]):
+                if memory_id is None:
+                    break
+                match = Match(id=memory_id, weight=weights[i][j], similarity=similarities[i][j])
+                if payloads is not None and (payload := payloads[i][j]) is not None:
+                    match.payload = orjson.loads(payload)
+                if vectors is not None:
+                    match.vectors = {name: v[i, j].tolist() for name, v in vectors.items() if v[i, j].any()}
+                matches.append(match)
+            outcome = Outcome(outcomes[i])
+            dynamics = Dynamics(
+                steps=steps[i], converged=outcome == Outcome.CONVERGED, outcome=outcome.name.lower(),
+                energy=energies[i][: steps[i] + 1], margin=margins[i] if supports[i] > 1 else None, beta=self.beta,
+                support=supports[i], certified=self.certified[i], error_bound=self.error_bound[i],
+            )  # fmt: skip
+            gate, verdict = self._gate_reply(i), self.verdicts[i]
+            results.append(
+                RecallResult(verdict=verdict, matches=matches, recall=dynamics, gate=gate, warnings=cue.warnings)
+            )
+        return results
+
+    def _gate_reply(self, i: int) -> GateReply | None:
+        if self.mass is None or self.record is None or self.record.log_lambda is None:
+            return None
+        return GateReply(
+            score=self.mass[i], threshold=self.record.log_lambda, target_tpr=self.record.target_tpr,
+            modality=self.modality, rejected_at=0 if self.verdicts[i] == "unknown" else None,
+        )  # fmt: skip
+
+    def _raw_vectors(self, rows: Tensor) -> dict[str, Tensor]:
+        """The matches' vectors as they were stored: space → (batch, limit, dimension)."""
+        alone, ones = rows.reshape(-1, 1), torch.ones(rows.numel(), 1)
+        return {name: self.view.read_out(alone, ones, name).reshape(*rows.shape, -1) for name in self.live.spaces}
+
+
+def _reweighted(live: LiveCollection, chosen: Mapping[str, float]) -> Blocks:
+    """The collection's blocks with the request's weights; a space it leaves out keeps its own for the later steps."""
     weights = tuple(chosen.get(space.name, space.weight) for space in live.spaces.values())
     return Blocks(live.blocks.widths, weights, live.similarity)
 
 
-def _candidates(
-    view: View, cue: Mapping[str, Tensor], weights: Mapping[str, float], state: Tensor, options: Resolved
-) -> tuple[Found, Tensor]:
-    """The rows that take part and their patterns: (rows, d) shared when dense, else (batch, support, d)."""
-    if options.support == "dense":
-        if view.count * state.shape[0] > DENSE_VALUES_MAX:
-            raise InvalidRequest(
-                f"a dense support over {view.count} memories takes at most {DENSE_VALUES_MAX //
-                view.count}
-               
-                cues at
-               
-               
-                once"
-            )
-        found = view.search(cue, weights, view.count, exact=True)
-    else:
-        found = view.search(cue, weights, max(options.support, options.limit), exact=options.exact)
-    return found, view.gather(found.rows)
-
-
-def _gate(
-    live: LiveCollection, cue: Mapping[str, Tensor], found: Found, record: CalibrationRecord | None, options: Resolved
-) -> tuple[list[float] | None, CalibrationRecord | None]:
-    """Scores by the record's interaction matrix; (None, …) where there is no threshold for this kind of cue."""
-    if not options.gate or record is None or record.log_lambda is None or options.spaces is not None:
-        return None, record  # a threshold holds for the collection's own weights only
-    return gate_scores(live, cue, found.scores, record).tolist(), record
-
-
-def _beta(
-    live: LiveCollection, view: View, modality: str, record: CalibrationRecord | None, cue: Mapping[str, Tensor],
-    support: int, options: Resolved,
-) -> float:  # fmt: skip
-    if options.beta != "auto":
-        return options.beta
-    margin = margin_for(live, view, modality, record, tuple(cue))
-    margins = torch.tensor([0.0 if margin is None else margin], dtype=torch.float64)
-    norm_max = math.sqrt(len(live.spaces)) if live.similarity == "cosine" else view.norm_max
-    return auto_beta(margins, separation=options.separation, norm_max=norm_max, support=support).beta
-
-
-def _certificates(
-    live: LiveCollection, view: View, blocks: Blocks, found: Found, settled: Retrieval, beta: float, options: Resolved
-) -> tuple[list[bool], list[float | None]]:
-    """A certificate belongs to a step whose rows an exact search chose at that step's own state, over the blocks it
-    scores.
-    """
-    batch = found.rows.shape[0]
-    none: tuple[list[bool], list[float | None]] = [False] * batch, [None] * batch
-    norm_max = math.sqrt(len(live.spaces)) if live.similarity == "cosine" else view.norm_max
-    if options.certify:
-        at: dict[str, Tensor] = dict(
-            zip(live.spaces, settled.state.split(list(live.blocks.widths), dim=1), strict=True)
-        )
-        weights = dict(zip(live.spaces, blocks.weights, strict=True))
-        again = view.search(at, weights, found.rows.shape[1], exact=True)
-        step = retrieve(
-            blocks, view.gather(again.rows), settled.state, beta=beta, separation=options.separation,
-            valid=again.rows >= 0, first_scores=again.scores, update_steps_max=1,
-        )  # fmt: skip
-        scores, moved = again.scores, torch.linalg.vector_norm(step.state - settled.state, dim=1)
-        applies = [True] * batch
-    elif found.exact:
-        scores, moved = found.scores, torch.zeros(batch)
-        applies = (settled.steps == 1).tolist()
-    else:
-        return none
-    if options.separation == "softmax":
-        holds = [True] * batch
-        distance = (softmax_bound(scores, view.count, beta, norm_max, SCORE_ERROR)[1] + moved).tolist()
-    else:
-        holds = sparse_exact(options.separation, scores, beta, view.count, SCORE_ERROR).tolist()
-        distance = moved.tolist()
-    certified = [a and h for a, h in zip(applies, holds, strict=True)]
-    return certified, [d if c else None for c, d in zip(certified, distance, strict=True)]
-
-
-def _verdicts(
-    found: Found, settled: Retrieval, scores: list[float] | None, record: CalibrationRecord | None, beta: float
-) -> list[Verdict]:
-    batch, support = found.scores.shape
-    if scores is None or record is None or record.log_lambda is None:
-        return ["uncalibrated"] * batch
-    first = settled.weights.amax(dim=1) < AMBIGUOUS_WEIGHT
-    if support > 1:
-        first = first | (beta * (found.scores[:, 0] - found.scores[:, 1]) < AMBIGUOUS_LOG_ODDS)
-    unsure = first.tolist()
-    return [
-        "unknown" if score <= record.log_lambda else "ambiguous" if unsure[i] else "known"
-        for i, score in enumerate(scores)
-    ]
-
-
-def _draw(
-    live: LiveCollection, view: View, found: Found, settled: Retrieval, verdicts: Sequence[Verdict], options: Resolved
-) -> tuple[list[Drawing | None], list[list[Drawing] | None]]:
-    """Decode what was recalled: the raw patterns under the settled weights; an unknown cue has no reconstruction."""
-    batch = len(verdicts)
-    drawings: list[Drawing | None] = [None] * batch
-    traces: list[list[Drawing] | None] = [None] * batch
-    space = live.decoder_space
-    if space is None or not isinstance(space.encoder, Decoder):
-        return drawings, traces
-    if options.reconstruct:
-        drawn = [i for i, verdict in enumerate(verdicts) if verdict != "unknown"]
-        if drawn:
-            latents = view.read_out(found.rows[drawn], settled.weights[drawn], space.name)
-            for i, pixels in zip(drawn, space.encoder.decode(latents.numpy()), strict=True):
-                drawings[i] = Drawing(base64=write_png(pixels))
-    if options.trace and settled.step_weights is not None:
-        for i in range(batch):
-            steps = settled.step_weights[: int(settled.steps[i]), i]
-            rows = found.rows[i].expand(steps.shape[0], -1)
-            latents = view.read_out(rows, steps, space.name)
-            traces[i] = [Drawing(base64=write_png(pixels)) for pixels in space.encoder.decode(latents.numpy())]
-    return drawings, traces
-
-
-def _replies(
-    live: LiveCollection, view: View, cues: Sequence[CueBlocks], found: Found, settled: Retrieval, options: Resolved
-) -> list[RecallResult]:
-    # Candidates come by falling similarity, so a stable sort by weight leaves ties in that order.
-    order = torch.argsort(settled.weights, dim=1, descending=True, stable=True)[:, : options.limit]
-    rows = found.rows.gather(1, order)
-    weights = settled.weights.gather(1, order).tolist()
-    similarities = found.scores.gather(1, order).tolist()
-    ids = view.ids(rows)
-    payloads = view.payloads(rows) if options.with_payload else None
-    vectors = _raw_vectors(live, view, rows) if options.with_vectors else None
-    first = found.scores[:, :2]
-    margins = (first[:, 0] - first[:, -1]).tolist()
-    paired = ((found.rows[:, :2] >= 0).sum(dim=1) > 1).tolist()
-    supports = (found.rows >= 0).sum(dim=1).tolist()
-    steps, outcomes, energies = settled.steps.tolist(), settled.outcome.tolist(), settled.energy.tolist()
-    results = []
-    for i, cue in enumerate(cues):
-        matches = []
-        for j, memory_id in enumerate(ids[i]):
-            if memory_id is None:
-                break
-            payload = payloads[i][j] if payloads is not None else None
-            match = Match(
-                id=memory_id, weight=weights[i][j], similarity=similarities[i][j],
-                payload=None if payload is None else orjson.loads(payload),
-            )  # fmt: skip
-            if vectors is not None:
-                match.vectors = {name: block[i, j].tolist() for name, block in vectors.items() if block[i, j].any()}
-            matches.append(match)
-        dynamics = Dynamics(
-            steps=steps[i], converged=outcomes[i] == Outcome.CONVERGED, outcome=Outcome(outcomes[i]).name.lower(),
-            energy=energies[i][: steps[i] + 1], margin=margins[i] if paired[i] else None, beta=0.0,
-            support=supports[i], certified=False, error_bound=None,
-        )  # fmt: skip
-        results.append(
-            RecallResult(verdict="uncalibrated", matches=matches, recall=dynamics, gate=None, warnings=cue.warnings)
-        )
-    return results
-
-
-def _raw_vectors(live: LiveCollection, view: View, rows: Tensor) -> dict[str, Tensor]:
-    """The matches' vectors as they were stored: space → (batch, limit, dimension)."""
-    alone, ones = rows.reshape(-1, 1), torch.ones(rows.numel(), 1)
-    return {name: view.read_out(alone, ones, name).reshape(*rows.shape, -1) for name in live.spaces}
+@lru_cache(maxsize=1024)
+def beta_for(margin: float | None, separation: Separation, norm_max: float, support: int) -> float:
+    """β for a margin (None: a single memory); the few combinations a server meets are remembered."""
+    margins = torch.tensor([math.inf if margin is None else margin], dtype=torch.float64)
+    return auto_beta(margins, separation=separation, norm_max=norm_max, support=support).beta

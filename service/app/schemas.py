@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     WithJsonSchema,
+    field_validator,
     model_validator,
 )
 from pydantic.functional_validators import SkipValidation
@@ -78,13 +79,16 @@ Base64 = Annotated[
     PlainSerializer(lambda data: base64.b64encode(data).decode(), return_type=str),
     WithJsonSchema({"type": "string", "contentEncoding": "base64"}),
 ]
-Vector = Annotated[
-    list[Annotated[float, Field(allow_inf_nan=True)]],  # a NaN is refused with the code of its own, later
-    Field(min_length=1, max_length=DIMENSION_MAX),
-    BeforeValidator(_is_array),
-    AfterValidator(_to_array),
-    PlainSerializer(lambda vector: np.asarray(vector).tolist(), return_type=list[float]),
-]
+if TYPE_CHECKING:
+    Vector = NDArray[np.float32]
+else:
+    Vector = Annotated[
+        list[Annotated[float, Field(allow_inf_nan=True)]],  # a NaN is refused with the code of its own, later
+        Field(min_length=1, max_length=DIMENSION_MAX),
+        BeforeValidator(_is_array),
+        AfterValidator(_to_array),
+        PlainSerializer(lambda vector: np.asarray(vector).tolist(), return_type=list[float]),
+    ]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$", description="letters, digits, _ . -")]
 
 
@@ -121,10 +125,22 @@ def faults(error: ValidationFailure) -> str:
 # --- collections ------------------------------------------------------------------------------------------------------
 
 
+ENTMAX: dict[float, Separation] = {1.0: "softmax", 1.5: "entmax15", 2.0: "sparsemax"}
+
+
 class EntmaxSpec(Request):
     """α-entmax; α of 1 is softmax and 2 is sparsemax."""
 
-    entmax: Literal[1, 1.5, 2]
+    entmax: float
+
+    @field_validator("entmax")
+    @classmethod
+    def _served(cls, alpha: float) -> float:
+        if alpha not in ENTMAX:
+            raise ValueError(
+                f"served are softmax, sparsemax, max, and entmax with α one of {', '.join(map(str, ENTMAX))}"
+            )
+        return alpha
 
 
 SeparationSpec = Literal["softmax", "sparsemax", "max"] | EntmaxSpec
@@ -135,7 +151,7 @@ Weight = Annotated[float, Field(gt=0, le=1e6)]
 
 def separation_of(spec: SeparationSpec) -> Separation:
     if isinstance(spec, EntmaxSpec):
-        return {1.0: "softmax", 1.5: "entmax15", 2.0: "sparsemax"}[float(spec.entmax)]  # type: ignore[return-value]
+        return ENTMAX[spec.entmax]
     return spec
 
 
@@ -368,7 +384,7 @@ class RecallOptions(Request):
     reconstruct: bool = False
     with_payload: bool = True
     with_vectors: bool = False
-    trace: bool = Field(default=False, description="decode the state after every step")
+    trace: bool = Field(default=False, description="decode the state before the first and after every step")
 
 
 class RecallRequest(RecallOptions):

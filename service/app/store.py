@@ -203,7 +203,9 @@ def _check(resources: Resources, live: LiveCollection, raw: object) -> _Item:
     for name in vectors:
         if (encoder := live.spaces[name].config.encoder) is not None:
             raise InvalidRequest(f"space {name} is filled by its encoder {encoder}; send the image or text instead")
-    image, kind, warnings = None, None, ()
+    image: bytes | None = None
+    kind: str | None = None
+    warnings: tuple[str, ...] = ()
     if memory.image is not None:
         image = memory.image.base64
         warnings = read_picture(image, pixels_max=resources.settings.image_pixels_max).warnings

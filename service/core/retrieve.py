@@ -60,7 +60,8 @@ class Retrieval:
     weights: sep(β K(Ξ, x)) at that state; all 0 for a cue without rows. With update_steps_max=0, at the cue.
     energy: [0] of the cue on its observed blocks, [t] after step t on the whole state; NaN once a cue has settled or
     has no rows.
-    steps: steps taken by each cue; outcome: an `Outcome` each; states: x at every time, if traced.
+    steps: steps taken by each cue; outcome: an `Outcome` each.
+    states, step_weights: x and the weights at every time, if traced.
     """
 
     state: Float[Tensor, "batch d"]
@@ -69,6 +70,7 @@ class Retrieval:
     steps: Int[Tensor, " batch"]
     outcome: Int[Tensor, " batch"]
     states: Float[Tensor, "times batch d"] | None
+    step_weights: Float[Tensor, "times batch rows"] | None
 
 
 def retrieve(
@@ -120,13 +122,14 @@ def retrieve(
         outcome = torch.full((batch,), Outcome.NO_ROWS, device=x.device)
         unknown = x.new_full((batch, 1), torch.nan)
         return Retrieval(
-            x, x.new_zeros(batch, rows), unknown, torch.zeros_like(outcome), outcome, x[None] if trace else None
-        )
+            x, x.new_zeros(batch, rows), unknown, torch.zeros_like(outcome), outcome, x[None] if trace else None,
+            x.new_zeros(1, batch, rows) if trace else None,
+        )  # fmt: skip
 
     point = dynamics.at(x, scores(blocks, stored, x, observed) if first_scores is None else first_scores.to(x.dtype))
     frozen = without_rows  # the cues that no longer move; None where every cue does, and nothing needs masking
     energies = [point.energy if frozen is None else point.energy.masked_fill(frozen, torch.nan)]
-    states = [x]
+    points = [point]
     steps = torch.zeros(batch, dtype=torch.int64, device=x.device)
     for t in range(update_steps_max):
         moved = update(stored, point.state, point.weights, step_size, clamped)
@@ -144,7 +147,7 @@ def retrieve(
             steps += ~frozen
             settled = settled | frozen
         if trace:
-            states.append(point.state)
+            points.append(point)
         at_rest = int(settled.sum())
         frozen = settled if at_rest else None
         if at_rest == batch:
@@ -162,7 +165,8 @@ def retrieve(
         energy=torch.stack(energies, dim=-1),
         steps=steps,
         outcome=outcome,
-        states=torch.stack(states) if trace else None,
+        states=torch.stack([point.state for point in points]) if trace else None,
+        step_weights=torch.stack([point.weights for point in points]) if trace else None,
     )
 
 

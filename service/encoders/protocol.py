@@ -2,8 +2,9 @@
 
 Rules:
 - An encoder turns pictures or texts into float32 rows and knows nothing of collections, banks or requests.
-- `fingerprint` names everything that decides its numbers (name, weights' hash, preprocessing, options): two encoders with one
-  fingerprint give the same vectors, and patterns of another fingerprint are never compared with its own.
+- `fingerprint` names everything that decides its numbers (name, weights' hash, preprocessing, options): two
+  encoders with one fingerprint give the same vectors, and patterns of another fingerprint are never compared with
+  its own.
 - Vectors are returned raw (not normalised): normalisation belongs to the similarity.
 """
 
@@ -24,8 +25,9 @@ Source = Literal["image", "text"]
 class Picture:
     """An image after normalisation: upright, RGB, 8 bits.
 
-    `pixels` is (height, width, 3) uint8; `observed` is (height, width) bool, False where a mask hides the picture, or None when all
-    of it is seen. `warnings` names what was done to the file to bring it here ("alpha composited over white").
+    `pixels` is (height, width, 3) uint8; `observed` is (height, width) bool, False where a mask hides the picture,
+    or None when all of it is seen. `warnings` names what was done to the file to bring it here ("alpha composited
+    over white").
     """
 
     pixels: NDArray[np.uint8]
@@ -35,7 +37,9 @@ class Picture:
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """`vectors` is (batch, dimension) float32; `warnings[i]` says what was lost of item i (a text cut to the model's length)."""
+    """`vectors` is (batch, dimension) float32; `warnings[i]` says what was lost of item i (a text cut to the
+    model's length).
+    """
 
     vectors: NDArray[np.float32]
     warnings: tuple[tuple[str, ...], ...] = field(default=())
@@ -49,7 +53,9 @@ class Encoder(Protocol):
     takes: frozenset[Source]
 
     def encode_images(self, pictures: Sequence[Picture]) -> Encoded:
-        """(batch) pictures → (batch, dimension). Where `observed` is given, hidden pixels must not influence the vector."""
+        """(batch) pictures → (batch, dimension). Where `observed` is given, hidden pixels must not influence the
+        vector.
+        """
         ...
 
     def encode_texts(self, texts: Sequence[str]) -> Encoded:
@@ -62,5 +68,7 @@ class Decoder(Protocol):
     """An encoder whose image latents can be drawn again."""
 
     def decode(self, latents: NDArray[np.float32]) -> list[NDArray[np.uint8]]:
-        """(batch, dimension) → batch pictures of (height, width, 3) uint8. Values outside the codec's range are clipped."""
+        """(batch, dimension) → batch pictures of (height, width, 3) uint8. Values outside the codec's range are
+        clipped.
+        """
         ...

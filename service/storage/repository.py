@@ -53,6 +53,11 @@ class Repository(Memories, Jobs):
         self._database = database
         self._writer = writer
 
+    def ping(self) -> None:
+        """Read one row. Raises `StorageUnavailable` while the database does not answer."""
+        with self._database.read() as connection:
+            connection.execute(select(1)).scalar_one()
+
     def create_collection(self, name: str, config: dict[str, Any]) -> Collection:
         """An empty collection at version 0, or where the versions of a deleted one of this name stopped. Raises
         `CollectionExists`."""
