@@ -57,7 +57,7 @@ class Blur(_Corruption):
     """Gaussian blur; `sigma` in units of the shorter side."""
 
     kind: Literal["blur"] = "blur"
-    sigma: float = Field(0.01, gt=0.0, le=0.25)
+    sigma: float = Field(0.02, gt=0.0, le=0.25)
 
 
 class Brightness(_Corruption):
@@ -130,7 +130,7 @@ Corruption = Annotated[
 
 DEFAULT_CORRUPTIONS: tuple[Corruption, ...] = (
     Noise(sigma=0.1),
-    Blur(sigma=0.01),
+    Blur(sigma=0.02),
     Brightness(factor=0.8),
     Brightness(factor=1.2),
     Crop(share=0.9),

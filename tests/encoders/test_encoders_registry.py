@@ -1,0 +1,71 @@
+"""Encoders by name: what is made, once, and what is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from service.encoders import registry
+from service.encoders.protocol import Encoder
+from service.errors import InvalidRequest, UnknownEncoder
+
+
+def test_names_are_what_there_is() -> None:
+    assert registry.names() == ("pixels", "bridge", "open_clip")
+
+
+def test_an_encoder_is_made_once_for_the_same_options() -> None:
+    made = registry.make("pixels", {"size": 12})
+    assert isinstance(made, Encoder)
+    assert made.dimension == 12 * 12 * 3
+    assert registry.make("pixels", {"size": 12, "centre": True}) is made
+    assert registry.make("pixels", {"size": 12, "centre": False}) is not made
+
+
+def test_many_threads_get_one_instance() -> None:
+    with ThreadPoolExecutor(16) as pool:
+        made = list(pool.map(lambda _: registry.make("bridge", {}), range(32)))
+    assert len({id(encoder) for encoder in made}) == 1
+    assert made[0].dimension == 384
+
+
+def test_the_instances_kept_are_bounded() -> None:
+    first = registry.make("pixels", {"size": 50})
+    for size in range(51, 51 + registry.INSTANCES_MAX):
+        registry.make("pixels", {"size": size})
+    again = registry.make("pixels", {"size": 50})
+    assert again is not first
+    assert again.fingerprint == first.fingerprint
+
+
+def test_an_unknown_name_lists_those_there_are() -> None:
+    with pytest.raises(UnknownEncoder, match="'clip'; there are pixels, bridge, open_clip"):
+        registry.make("clip", {})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("pixels", {"sise": 32}, r"sise: .*it takes: size, colour, centre"),
+        ("pixels", {"size": 3}, r"size: .*greater than or equal to 4"),
+        ("pixels", {"size": 129}, r"size: .*less than or equal to 128"),
+        ("bridge", {"model": "x"}, r"model: .*it takes: none"),
+        ("open_clip", {}, r"model: .*it takes: model, pretrained"),
+        ("open_clip", {"model": "ViT-B-32"}, r"options: .*pretrained"),
+    ],
+)
+def test_options_are_checked(name: str, options: dict[str, object], said: str) -> None:
+    with pytest.raises(InvalidRequest, match=said):
+        registry.make(name, options)
+
+
+def test_pixels_imports_no_model_library() -> None:
+    code = (
+        "import sys; from service.encoders.registry import make; make('pixels', {}); "
+        "print([m for m in ('torch', 'onnxruntime', 'open_clip', 'tokenizers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
