@@ -1,0 +1,270 @@
+"""The `engram` command.
+
+Rules:
+- A command reaches the memories through their owner: a server named by `--url`; else the server that has the data
+  folder open; else this process opens the folder itself.
+- An error is one line, `title: detail (code)`, on standard error. Exit codes: 0 done, 1 refused or failed, 2 misused,
+  130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from engram.client import Client, Collection
+from engram.files import ENDINGS, caption_of, find_pictures, read_captions
+from engram.replies import Recall, StoreReply
+from service import settings
+from service.errors import CollectionNotFound, EngramError, InvalidImage, InvalidRequest, NotFound
+from service.storage.folder import read_owner
+
+if TYPE_CHECKING:
+    from service.app.engine import Engine
+
+COLOURS = {"known": "green", "ambiguous": "yellow", "unknown": "cyan", "uncalibrated": "magenta"}
+ERRORS_SHOWN_MAX = 50  # rows of a table that a person reads; the count says how many there are
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+out = Console()
+
+Data = Annotated[
+    Path | None, typer.Option(help="The data folder (ENGRAM_DATA; default: memories).", show_default=False)
+]
+Url = Annotated[
+    str | None, typer.Option(envvar="ENGRAM_URL", help="A server's address, instead of a folder.", show_default=False)
+]
+Name = Annotated[str, typer.Option("--collection", help="The collection.")]
+
+
+@app.callback()
+def engram() -> None:
+    """Associative memory: store pictures and texts, recall them whole from a part, and be told when nothing fits."""
+
+
+@app.command()
+def serve(
+    data: Data = None,
+    host: Annotated[str | None, typer.Option(help="Where to listen (default: 127.0.0.1).", show_default=False)] = None,
+    port: Annotated[int | None, typer.Option(help="Default: 8000; 0 takes a free one.", show_default=False)] = None,
+) -> None:
+    """Run the server on a data folder, until Ctrl-C."""
+    from service.main import serve as run_server
+
+    chosen = settings.load(os.environ, data=data, host=host, port=port)
+
+    def background(engine: Engine) -> AbstractContextManager[None]:
+        from workers.loop import running  # brings torch, which `run_server` prepares for first
+
+        return running(engine)
+
+    def started(url: str) -> None:
+        out.print(f"Serving [bold]{escape(str(chosen.data))}[/] at {url} (the API: {url}/docs). Ctrl-C stops it.")
+
+    run_server(chosen, background, started)
+
+
+@app.command()
+def store(
+    paths: Annotated[list[Path], typer.Argument(help="Pictures, or folders to search for them.")],
+    collection: Name = "memories",
+    captions: Annotated[Path | None, typer.Option(help="A CSV file of filename,caption.", show_default=False)] = None,
+    data: Data = None,
+    url: Url = None,
+) -> None:
+    """Store pictures, with captions from a CSV file or from text files of the same name beside them."""
+    files = find_pictures(paths)
+    if not files:
+        raise NotFound(f"no picture ({', '.join(sorted(ENDINGS))}) in {', '.join(map(str, paths))}")
+    texts = read_captions(captions) if captions else {}
+    known = {*files, *(file.name for file in files.values())}
+    for name in sorted(texts.keys() - known)[:ERRORS_SHOWN_MAX]:
+        out.print(
+            f"[yellow]{escape(str(captions))} has a caption for {escape(name)}, which is not among the pictures[/]"
+        )
+    with _client(data, url) as client:
+        target = _made(client, collection)
+        columns = (TextColumn("storing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=out) as progress:
+            task = progress.add_task("store", total=len(files))
+            reply = target.store(_memories(files, texts), progress=lambda count: progress.advance(task, count))
+    _report(collection, reply)
+    if reply.errors:
+        raise typer.Exit(1)
+
+
+@app.command()
+def recall(
+    cue: Annotated[str, typer.Argument(help="A sentence, or a picture's file.")],
+    collection: Name = "memories",
+    limit: Annotated[int, typer.Option(help="How many matches to list.")] = 5,
+    mask: Annotated[Path | None, typer.Option(help="A picture, white where the cue's is missing.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write the recalled picture to this PNG file.")] = None,
+    data: Data = None,
+    url: Url = None,
+) -> None:
+    """Recall by a sentence or by a picture."""
+    options: dict[str, Any] = {"limit": limit, "reconstruct": save is not None}
+    if Path(cue).is_file():
+        options["image"] = Path(cue)
+    elif Path(cue).suffix.lower() in ENDINGS:
+        raise NotFound(f"{cue} looks like a picture, and there is no such file")
+    else:
+        options["text"] = cue
+    if mask is not None:
+        options["mask"] = mask
+    with _client(data, url, must_exist=True) as client:
+        answer = client.collection(collection).recall(**options)
+    _show(answer)
+    if save is not None:
+        _save(answer, save)
+
+
+@app.command()
+def collections(data: Data = None, url: Url = None) -> None:
+    """List the collections."""
+    with _client(data, url, must_exist=True) as client:
+        found = client.collections()
+    if not found:
+        out.print("There are no collections yet; make one with: engram store PATH")
+        return
+    table = _table("collection", "memories", "spaces", "gate", "made")
+    for info in found:
+        spaces = ", ".join(f"{name} ({space['encoder'] or 'your vectors'})" for name, space in info.spaces.items())
+        calibration = {"none": "nothing stored", "pending": "being calibrated", "stale": "being recalibrated"}
+        gate = calibration.get(info.calibration.state, "calibrated")
+        table.add_row(escape(info.name), f"{info.count:,}", spaces, gate, info.created_at[:16].replace("T", " "))
+    out.print(table)
+
+
+@app.command()
+def demo(
+    port: Annotated[int, typer.Option(envvar="PORT", help="Where its server listens; 0 takes a free port.")] = 8000,
+    leave: Annotated[bool, typer.Option("--exit", envvar="DEMO_EXIT", help="Stop when all is shown.")] = False,
+    output: Annotated[Path, typer.Option(help="Where the contact sheet and the log go.")] = Path("demo-output"),
+    data: Annotated[Path | None, typer.Option(help="Default: memories, below the output.", show_default=False)] = None,
+) -> None:
+    """Store real pictures, recall them from parts, noise and sentences, and see strangers refused."""
+    from engram.demo.run import run  # brings the demo's packages
+
+    run(output, data or output / "memories", port, leave)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    try:
+        app(arguments)
+    except EngramError as error:
+        Console(stderr=True).print(f"[red]{error.title}[/]: {escape(error.detail)} ({error.code})", soft_wrap=True)
+        for item in error.errors[:ERRORS_SHOWN_MAX]:
+            Console(stderr=True).print(f"  item {item.item}: {escape(item.detail)} ({item.code})", soft_wrap=True)
+        sys.exit(1)
+
+
+def _client(data: Path | None, url: str | None, must_exist: bool = False) -> Client:
+    """A client of whoever owns the memories. `must_exist`: a command that only reads makes no folder."""
+    if url is not None and data is not None:
+        raise InvalidRequest("give either --data (a folder) or --url (a server; ENGRAM_URL counts)")
+    folder = settings.load(os.environ, data=data).data
+    if url is None:
+        owner = read_owner(folder)
+        url = owner.url if owner is not None else None
+    if url is not None:
+        return Client(url, api_key=os.environ.get("ENGRAM_API_KEY"))
+    if must_exist and not folder.is_dir():
+        raise NotFound(f"there is no data folder {folder}; name another with --data, or a server with --url")
+    return Client(path=folder)
+
+
+def _made(client: Client, name: str) -> Collection:
+    try:
+        client.collection(name).info()
+    except CollectionNotFound:
+        client.create_collection(name)
+        out.print(f"Made the collection [bold]{escape(name)}[/] with the default spaces.")
+    return client.collection(name)
+
+
+def _memories(files: dict[str, Path], captions: dict[str, str]) -> Iterator[dict[str, Any]]:
+    for memory_id, file in files.items():
+        try:
+            text = caption_of(memory_id, file, captions)
+        except InvalidRequest as error:
+            out.print(f"[yellow]{escape(error.detail)}; {escape(memory_id)} is stored without it[/]")
+            text = None
+        yield {"id": memory_id, "image": file, "text": text}
+
+
+def _report(collection: str, reply: StoreReply) -> None:
+    count = {
+        status: sum(result.status == status for result in reply.results) for status in ("stored", "updated", "queued")
+    }
+    words = [f"{count['stored']:,} stored"]
+    words += [f"{count['updated']:,} replaced"] if count["updated"] else []
+    words += [f"{count['queued']:,} still being encoded"] if count["queued"] else []
+    words += [f"[red]{len(reply.errors):,} refused[/]"] if reply.errors else []
+    out.print(f"{escape(collection)}: {', '.join(words)}")
+    noted = [(result.id, "warning", warning) for result in reply.results for warning in result.warnings]
+    refused = [(result.id, result.error.code, result.error.detail) for result in reply.errors if result.error]
+    for title, rows in (("What was done to pictures and texts", noted), ("Refused", refused)):
+        if rows:
+            table = _table("memory", "code", "what", title=title)
+            for memory_id, code, what in rows[:ERRORS_SHOWN_MAX]:
+                table.add_row(escape(str(memory_id)), code, escape(what))
+            out.print(table)
+            if len(rows) > ERRORS_SHOWN_MAX:
+                out.print(f"and {len(rows) - ERRORS_SHOWN_MAX:,} more")
+
+
+def _show(answer: Recall) -> None:
+    out.print(f"[bold {COLOURS[answer.verdict]}]{answer.verdict}[/]" + _because(answer))
+    table = _table("memory", "weight", "similarity", "payload")
+    for match in answer.matches:
+        payload = "" if match.payload is None else escape(str(match.payload))
+        table.add_row(escape(match.id), f"{match.weight:.3f}", f"{match.similarity:.3f}", payload)
+    if answer.matches:
+        out.print(table)
+    if answer.recall is not None:
+        energy = " → ".join(f"{value:.4f}" for value in answer.recall.energy)
+        out.print(f"energy {energy} ({answer.recall.outcome}, β {answer.recall.beta:.1f})")
+    for warning in answer.warnings:
+        out.print(f"[yellow]{escape(warning)}[/]")
+    out.print(" · ".join(f"{stage} {ms:.1f}" for stage, ms in answer.timings_ms.items()) + " ms", style="dim")
+
+
+def _because(answer: Recall) -> str:
+    if answer.gate is None:
+        return (
+            ": too little is stored, or of another kind, to tell a memory from a stranger"
+            if answer.matches
+            else ": nothing is stored"
+        )
+    relation = "over" if answer.gate.score > answer.gate.threshold else "not over"
+    return f": log S {answer.gate.score:.2f} is {relation} the threshold {answer.gate.threshold:.2f}"
+
+
+def _save(answer: Recall, file: Path) -> None:
+    if answer.reconstruction is None:
+        raise InvalidRequest(f"{file} is not written: a cue that is {answer.verdict} recalls no picture")
+    try:
+        file.write_bytes(answer.reconstruction.data)
+    except OSError as error:
+        raise InvalidImage(f"{file} cannot be written: {error.strerror}") from None
+    out.print(f"recalled picture in {escape(str(file))}")
+
+
+def _table(*headings: str, title: str | None = None) -> Table:
+    table = Table(box=box.SIMPLE, title=title, title_justify="left", pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading in ("weight", "similarity", "memories") else "left")
+    return table

@@ -1,0 +1,237 @@
+"""The client: collections, stored and recalled, over HTTP or in process.
+
+Rules:
+- Both ways give the same replies and raise the same errors; only `Client(...)` differs.
+- An image is a path, the file's bytes, a Pillow image, or a uint8 or boolean array of (height, width[, channels]).
+- A mask is an image, white (or True) where the cue's image is missing.
+- A batch reports per item: a picture that cannot be read does not stop the others from being stored.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engram.replies import CollectionInfo, Memory, Operation, Problem, Recall, StoredItem, StoreReply
+from engram.transport import WAIT_MAX_S, Body, HttpTransport, Transport
+from service.errors import EngramError, InvalidImage, InvalidRequest, Unavailable
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    ImageLike = str | Path | bytes | Image | NDArray[np.uint8] | NDArray[np.bool_]
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+BATCH = 64  # memories a request: an encoder's batch or two, so that progress shows and one request stays short
+BATCH_BYTES_MAX = 24 * 2**20  # pictures in one request: well under what a server accepts by default (64 MiB)
+POLL_S = 0.2  # between two looks at a calibration, which takes seconds
+
+
+class Client:
+    """`Client()` talks to a server; `Client(path="./memories")` runs the same engine in this process, on that folder.
+
+    Raises `FolderInUse`, naming the owner's pid and address, when another process owns the folder.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        path: str | Path | None = None,
+        api_key: str | None = None,
+        timeout_s: float = 60.0,
+    ) -> None:
+        if path is not None and (url is not None or api_key is not None):
+            raise InvalidRequest(
+                "path opens a folder in this process; url and api_key belong to a server: give one or the other"
+            )
+        if not 0 < timeout_s <= WAIT_MAX_S:
+            raise InvalidRequest(f"timeout_s is {timeout_s:g}, and must be above 0 and at most {WAIT_MAX_S:g}")
+        self._timeout_s = timeout_s
+        self._transport: Transport
+        if path is None:
+            self._transport = HttpTransport(url or DEFAULT_URL, api_key, timeout_s)
+        else:
+            from engram.local import LocalTransport  # brings torch, which a client of a server does without
+
+            self._transport = LocalTransport(Path(path))
+
+    def create_collection(self, name: str, spaces: Mapping[str, Any] | None = None, **config: Any) -> Collection:
+        """Make a collection. `spaces` absent: the default ones; `config`: the API's `corruptions`, `recall`, `gate`."""
+        given = {"spaces": spaces, **config}
+        self._transport.create_collection(name, {key: value for key, value in given.items() if value is not None})
+        return self.collection(name)
+
+    def collection(self, name: str) -> Collection:
+        """A handle; nothing is asked of the engine until it is used."""
+        return Collection(name, self._transport, self._timeout_s)
+
+    def collections(self) -> list[CollectionInfo]:
+        return [CollectionInfo.of(body) for body in self._transport.list_collections()]
+
+    def delete_collection(self, name: str) -> None:
+        self._transport.delete_collection(name)
+
+    def operation(self, operation_id: str) -> Operation:
+        return Operation.of(self._transport.get_operation(operation_id))
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Collection:
+    """One collection of a client; made by `Client.collection`."""
+
+    def __init__(self, name: str, transport: Transport, timeout_s: float) -> None:
+        self.name = name
+        self._transport = transport
+        self._timeout_s = timeout_s
+
+    def store(
+        self,
+        memories: Iterable[Mapping[str, Any]],
+        *,
+        batch: int = BATCH,
+        wait: bool = True,
+        progress: Callable[[int], None] | None = None,
+    ) -> StoreReply:
+        """Store memories: `{"id"?, "image"?, "text"?, "vectors"?, "payload"?}`; an id stored again is replaced.
+
+        Sent in requests of `batch` memories; `progress` is called with the number of memories of each request when it
+        is answered. With `wait` a memory is recallable when its result is there; one still being encoded after the
+        client's `timeout_s` is "queued", and its operation is in the reply.
+        """
+        results: list[StoredItem] = []
+        operations: list[str] = []
+        version: int | None = None
+        for request in _requests(memories, batch):
+            sent = [memory for memory in request if isinstance(memory, dict)]
+            answers: Iterator[StoredItem] = iter(())
+            if sent:
+                reply = self._transport.store(self.name, {"memories": sent, "wait": wait, "timeout_s": self._timeout_s})
+                answers = map(StoredItem.of, reply["results"])
+                version = reply["version"] if reply["version"] is not None else version
+                operations += [reply["operation_id"]] if reply.get("operation_id") else []
+            results += [next(answers) if isinstance(memory, dict) else memory for memory in request]
+            if progress is not None:
+                progress(len(request))
+        return StoreReply(version, tuple(results), tuple(operations))
+
+    def recall(
+        self,
+        text: str | None = None,
+        image: ImageLike | None = None,
+        mask: ImageLike | None = None,
+        vectors: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Recall:
+        """Recall by any of a text, an image and vectors; `options` as in the API (`limit`, `beta`, `reconstruct`)."""
+        request = {"cue": _cue({"text": text, "image": image, "mask": mask, "vectors": vectors}), **options}
+        return self._recalls(request)[0]
+
+    def recall_batch(self, cues: Iterable[Mapping[str, Any]], **options: Any) -> list[Recall]:
+        """Recall by several cues, each `{"text"?, "image"?, "mask"?, "vectors"?}`, in one request; answers in order."""
+        return self._recalls({"cues": [_cue(cue) for cue in cues], **options})
+
+    def get(self, memory_id: str) -> Memory:
+        return Memory.of(self._transport.get_memory(self.name, memory_id))
+
+    def content(self, memory_id: str) -> bytes:
+        """The stored original, byte for byte."""
+        return self._transport.get_content(self.name, memory_id)
+
+    def delete(self, ids: str | Sequence[str]) -> list[str]:
+        """Forget memories; the ids that were there."""
+        deleted: list[str] = self._transport.delete_memories(self.name, [ids] if isinstance(ids, str) else ids)[
+            "deleted"
+        ]
+        return deleted
+
+    def count(self) -> int:
+        return self._transport.count(self.name)
+
+    def info(self) -> CollectionInfo:
+        return CollectionInfo.of(self._transport.get_collection(self.name))
+
+    def wait_until_calibrated(self, timeout_s: float = 300.0) -> CollectionInfo:
+        """Wait until the automatic calibration covers what is stored. Raises `Unavailable` after `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        while (info := self.info()).calibration.state != "current":
+            if time.monotonic() >= deadline:
+                raise Unavailable(f"{self.name}: its calibration is {info.calibration.state} after {timeout_s:g} s")
+            time.sleep(POLL_S)
+        return info
+
+    def _recalls(self, request: Body) -> list[Recall]:
+        reply = self._transport.recall(self.name, request)
+        shared = {"version": reply["version"], "timings_ms": reply["timings_ms"]}
+        return [Recall.of({**result, **shared}) for result in reply["results"]]
+
+
+def _requests(memories: Iterable[Mapping[str, Any]], count_max: int) -> Iterator[list[Body | StoredItem]]:
+    """Memories with their pictures read, in bounded lists; one whose picture cannot be read is its own answer."""
+    if count_max < 1:
+        raise InvalidRequest(f"batch is {count_max}, and must be at least 1")
+    request: list[Body | StoredItem] = []
+    size_bytes = 0
+    for memory in memories:
+        item: Body | StoredItem
+        image_bytes = 0
+        try:
+            item = {key: value for key, value in memory.items() if value is not None}
+            if "image" in item:
+                item["image"] = _image(item["image"])
+                image_bytes = len(item["image"]["base64"])
+        except EngramError as error:
+            item = StoredItem(memory.get("id"), "error", error=Problem(error.code, error.detail))
+        if request and (len(request) == count_max or size_bytes + image_bytes > BATCH_BYTES_MAX):
+            yield request
+            request, size_bytes = [], 0
+        request.append(item)
+        size_bytes += image_bytes
+    if request:
+        yield request
+
+
+def _cue(cue: Mapping[str, Any]) -> Body:
+    given = {key: value for key, value in cue.items() if value is not None}
+    return {key: _image(value) if key in ("image", "mask") else value for key, value in given.items()}
+
+
+def _image(image: ImageLike) -> Body:
+    if isinstance(image, bytes):
+        return {"base64": image}
+    if isinstance(image, str | Path):
+        try:
+            return {"base64": Path(image).read_bytes()}
+        except OSError as error:
+            raise InvalidImage(f"{image}: {error.strerror}") from None
+    from PIL import Image  # only pictures that are not files need it
+
+    if isinstance(image, np.ndarray):
+        try:
+            drawn = Image.fromarray(image.astype(np.uint8) * 255 if image.dtype == np.bool_ else image)
+        except TypeError:
+            raise InvalidImage(f"an array of {image.dtype} and shape {image.shape} is not a picture") from None
+    elif isinstance(image, Image.Image):
+        drawn = image
+    else:
+        raise InvalidImage(f"an image is a path, bytes, a Pillow image or an array, not {type(image).__name__}")
+    file = io.BytesIO()
+    drawn.save(file, "PNG")
+    return {"base64": file.getvalue()}

@@ -1,0 +1,75 @@
+"""The engine in this process, behind the client's protocol: no server, no JSON, the same requests and replies.
+
+The only module of the client that imports the engine, and torch with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from engram.transport import Body
+from service import settings
+from service.api.bodies import validate
+from service.app.schemas import faults
+from service.app.engine import Engine
+from service.app.schemas import CollectionConfig, DeleteRequest, Name, RecallRequest, StoreRequest
+from service.errors import InvalidRequest
+from workers.loop import running
+
+_name: TypeAdapter[str] = TypeAdapter(Name)
+
+
+class LocalTransport:
+    def __init__(self, path: Path) -> None:
+        with ExitStack() as opened:  # whatever was opened is closed again if the next thing fails
+            self._engine = opened.enter_context(Engine(settings.load({}, data=path)))
+            opened.enter_context(running(self._engine))
+            self._opened = opened.pop_all()
+
+    def create_collection(self, name: str, config: Body) -> Body:
+        try:
+            _name.validate_python(name)
+        except ValidationError as error:
+            raise InvalidRequest(f"{name}: {faults(error)}") from None
+        return _body(self._engine.create_collection(name, validate(CollectionConfig, config)))
+
+    def get_collection(self, name: str) -> Body:
+        return _body(self._engine.collection(name))
+
+    def list_collections(self) -> list[Body]:
+        return [_body(info) for info in self._engine.collections().collections]
+
+    def delete_collection(self, name: str) -> None:
+        self._engine.delete_collection(name)
+
+    def store(self, name: str, request: Body) -> Body:
+        return _body(self._engine.store(name, validate(StoreRequest, request)))
+
+    def recall(self, name: str, request: Body) -> Body:
+        return _body(self._engine.recall(name, validate(RecallRequest, request)))
+
+    def get_memory(self, name: str, memory_id: str) -> Body:
+        return _body(self._engine.memory(name, memory_id))
+
+    def get_content(self, name: str, memory_id: str) -> bytes:
+        return self._engine.content(name, memory_id)[0]
+
+    def delete_memories(self, name: str, ids: Sequence[str]) -> Body:
+        return _body(self._engine.delete_memories(name, validate(DeleteRequest, {"ids": list(ids)})))
+
+    def count(self, name: str) -> int:
+        return self._engine.count(name).count
+
+    def get_operation(self, operation_id: str) -> Body:
+        return _body(self._engine.operation(operation_id))
+
+    def close(self) -> None:
+        self._opened.close()
+
+
+def _body(reply: BaseModel) -> Body:
+    return reply.model_dump()

@@ -1,0 +1,220 @@
+"""What the client gives back: frozen dataclasses that mirror the API's replies.
+
+Rules:
+- Each is built from the reply's dictionary, over HTTP and in process alike.
+- A field that a newer server adds is passed over; a field that is missing is an error at once, not later.
+- Binary content is `bytes`.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from service.errors import Unavailable
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Parts = Mapping[str, type["Reply"]]
+
+
+class Reply:
+    """`of(body)` builds the dataclass from a reply; `PARTS` says which fields are replies themselves."""
+
+    PARTS: ClassVar[Parts] = {}
+
+    @classmethod
+    def of(cls, body: Mapping[str, Any]) -> Self:
+        names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        try:
+            return cls(**{name: cls._part(name, value) for name, value in body.items() if name in names})
+        except TypeError as error:
+            raise Unavailable(f"the reply is not one this client knows: {error}") from None
+
+    @classmethod
+    def _part(cls, name: str, value: Any) -> Any:
+        part = cls.PARTS.get(name)
+        if isinstance(value, list):
+            return tuple(part.of(item) if part else item for item in value)
+        return part.of(value) if part and value is not None else value
+
+
+@dataclass(frozen=True)
+class Problem(Reply):
+    code: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class StoredItem(Reply):
+    """`status` is stored | updated | queued | error."""
+
+    PARTS: ClassVar[Parts] = {"error": Problem}
+
+    id: str | None
+    status: str
+    warnings: tuple[str, ...] = ()
+    error: Problem | None = None
+
+
+@dataclass(frozen=True)
+class StoreReply:
+    """One result per memory, in their order. `operations`: of the batches still being encoded when the wait ended."""
+
+    version: int | None
+    results: tuple[StoredItem, ...]
+    operations: tuple[str, ...] = ()
+
+    @property
+    def errors(self) -> tuple[StoredItem, ...]:
+        return tuple(result for result in self.results if result.error is not None)
+
+
+@dataclass(frozen=True)
+class Operation(Reply):
+    PARTS: ClassVar[Parts] = {"error": Problem}
+
+    id: str
+    kind: str
+    collection: str | None
+    status: str
+    progress: float
+    result: dict[str, Any] | None = None
+    error: Problem | None = None
+
+
+@dataclass(frozen=True)
+class Match(Reply):
+    id: str
+    weight: float
+    similarity: float
+    payload: dict[str, Any] | None = None
+    vectors: dict[str, list[float]] | None = None
+
+
+@dataclass(frozen=True)
+class Dynamics(Reply):
+    steps: int
+    converged: bool
+    outcome: str
+    energy: tuple[float, ...]
+    margin: float | None
+    beta: float
+    support: int
+    certified: bool
+    error_bound: float | None
+
+
+@dataclass(frozen=True)
+class Gate(Reply):
+    score: float
+    threshold: float
+    target_tpr: float
+    modality: str
+    rejected_at: int | None
+
+
+@dataclass(frozen=True)
+class Drawing(Reply):
+    """A decoded picture; `data` is the file's bytes."""
+
+    media_type: str
+    data: bytes = field(repr=False)
+
+    @classmethod
+    def of(cls, body: Mapping[str, Any]) -> Self:
+        return cls(body["media_type"], base64.b64decode(body["base64"]))
+
+    def image(self) -> Image.Image:
+        from PIL import Image
+
+        return Image.open(io.BytesIO(self.data))
+
+
+@dataclass(frozen=True)
+class Recall(Reply):
+    """`verdict` is known | ambiguous | unknown | uncalibrated; `error` says why one cue of a batch was refused."""
+
+    PARTS: ClassVar[Parts] = {
+        "matches": Match,
+        "recall": Dynamics,
+        "gate": Gate,
+        "reconstruction": Drawing,
+        "trace": Drawing,
+        "error": Problem,
+    }
+
+    verdict: str
+    matches: tuple[Match, ...]
+    recall: Dynamics | None
+    gate: Gate | None
+    version: int
+    timings_ms: dict[str, float]
+    reconstruction: Drawing | None = None
+    trace: tuple[Drawing, ...] | None = None
+    warnings: tuple[str, ...] = ()
+    error: Problem | None = None
+
+    def image(self) -> Image.Image | None:
+        """The reconstruction as a Pillow image; None when there is none (not asked for, or the cue is unknown)."""
+        return self.reconstruction.image() if self.reconstruction else None
+
+
+@dataclass(frozen=True)
+class Memory(Reply):
+    id: str
+    version: int
+    text: str | None
+    payload: dict[str, Any] | None
+    spaces: tuple[str, ...]
+    content: str | None
+    media_type: str | None
+    created_at: str
+    updated_at: str
+
+
+@dataclass(frozen=True)
+class ModalityCalibration(Reply):
+    """What the threshold of one modality rests on; `refused` says why there is none."""
+
+    modality: str
+    version: int
+    rows: int
+    cues: int
+    corruptions: tuple[str, ...]
+    first_share: float
+    target_tpr: float
+    gate_beta: float | None
+    log_lambda: float | None
+    stranger_accept_rate: float | None
+    refused: str | None = None
+
+
+@dataclass(frozen=True)
+class Calibration(Reply):
+    """`state` is none | pending | current | stale."""
+
+    PARTS: ClassVar[Parts] = {"modalities": ModalityCalibration}
+
+    state: str
+    modalities: tuple[ModalityCalibration, ...]
+
+
+@dataclass(frozen=True)
+class CollectionInfo(Reply):
+    PARTS: ClassVar[Parts] = {"calibration": Calibration}
+
+    name: str
+    version: int
+    count: int
+    created_at: str
+    spaces: dict[str, dict[str, Any]]
+    recall: dict[str, Any]
+    corruptions: tuple[str, ...]
+    gate: dict[str, Any]
+    calibration: Calibration
+    bytes: dict[str, int]
