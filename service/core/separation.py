@@ -77,7 +77,8 @@ def exact_recall_margin(kind: Separation) -> float | None:
 
 
 def _shifted(z: Float[Tensor, "*batch rows"]) -> Float[Tensor, "*batch rows"]:
-    return z - z.amax(-1, keepdim=True)
+    # Bounded from below, so that a cue with no valid row stays at -∞ and not at -∞ + ∞.
+    return z - z.amax(-1, keepdim=True).clamp_min(torch.finfo(z.dtype).min)
 
 
 def _sparsemax(z: Float[Tensor, "*batch rows"]) -> Float[Tensor, "*batch rows"]:

@@ -1,0 +1,304 @@
+"""The invariants of recall, each with the conditions under which it holds.
+
+Here:
+ 1. A step never raises the energy: dot, neg_l2, and cosine over weighted blocks (values of equal norm, zero blocks
+ included); softmax, sparsemax,
+    entmax-1.5, max; a support fixed for the recall; clamped blocks; 0 < step_size <= 1. From the first whole-state
+    step on.
+ 2. Exact top-K re-selected at every step, with the energy over those same rows, never raises it either.
+ 3. A pattern is an exact fixed point iff beta times its margin is at least m (sparse separations).
+ 4. A support of all rows is dense; padding a support, batching cues and permuting rows change nothing but the order
+ (no ties). 5. Recall from any one block whose own margin is large returns the other blocks.
+ 6. Finite output on zero, huge, tiny, duplicate and single patterns; arguments are left as they were.
+In test_core_separation: sep is a distribution, maximises its definition, agrees with an independent implementation.
+In test_core_certificate: the one-step softmax bound, the sparse exactness condition.
+In test_core_gate: log λ = -∞ is the plain step, the origin attracts, the basin grows with λ, the gate's energy,
+mass bounds, conformal coverage. In test_core_beta: the β estimated serves the share of cues that it claims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from service.core.energy import energy
+from service.core.retrieve import Outcome, retrieve
+from service.core.separation import exact_recall_margin, separate
+from service.core.similarity import Blocks, Similarity, normalise_rows, scores
+from service.core.support import top_k
+from service.core.update import update
+
+SEPARATIONS = ("softmax", "sparsemax", "entmax15", "max")
+SIMILARITIES = ("cosine", "dot", "neg_l2")
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-11}
+CONTENTS = ("plain", "zero rows", "zero blocks", "huge", "tiny", "duplicates", "single", "all zero", "zero cue")
+
+
+@dataclass(frozen=True)
+class Net:
+    blocks: Blocks
+    stored: Tensor
+    cues: Tensor
+    observed: Tensor
+    beta: float
+    generator: torch.Generator
+
+
+def make_net(
+    seed: int,
+    similarity: Similarity,
+    *,
+    rows: int = 6,
+    widths: tuple[int, ...] = (5,),
+    beta: float = 1.0,
+    dtype: torch.dtype = torch.float64,
+    content: str = "plain",
+) -> Net:
+    """Random patterns and four cues: copies of stored patterns with noise, so that recall has something to find."""
+    g = torch.Generator().manual_seed(seed)
+    if similarity != "cosine":
+        widths = widths[:1]
+    blocks = Blocks(widths, tuple((0.25 + torch.rand(len(widths), generator=g)).tolist()), similarity)
+    raw = torch.randn(1 if content == "single" else rows, blocks.dimension, generator=g, dtype=dtype)
+    raw *= torch.rand(raw.shape[0], 1, generator=g, dtype=dtype) * 2 + 0.1
+    if content == "zero rows":
+        raw[::2] = 0
+    if content == "zero blocks":
+        for row, part in enumerate(blocks.slices):
+            raw[row :: len(widths) + 1, part] = 0
+    if content == "duplicates":
+        raw[1::2] = raw[0]
+    if content == "all zero":
+        raw[:] = 0
+    raw *= {"huge": 1e30 if similarity == "cosine" else 1e10, "tiny": 1e-30}.get(content, 1.0)
+    chosen = torch.randint(raw.shape[0], (4,), generator=g)
+    scale = raw.abs().amax() if content in ("huge", "tiny") else 1.0
+    cues = raw[chosen] + 0.7 * scale * torch.randn(4, blocks.dimension, generator=g, dtype=dtype)
+    if content == "zero cue":
+        cues[0] = 0
+    observed = torch.rand(4, len(widths), generator=g) < 0.6
+    observed[torch.arange(4), torch.randint(len(widths), (4,), generator=g)] = True
+    return Net(blocks, normalise_rows(raw, blocks), cues, observed, beta, g)
+
+
+similarities = st.sampled_from(SIMILARITIES)
+separations = st.sampled_from(SEPARATIONS)
+seeds = st.integers(0, 2**32 - 1)
+dtypes = st.sampled_from((torch.float32, torch.float64))
+betas = st.floats(0.1, 300.0)
+widths_of = st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple)
+
+
+@st.composite
+def nets(
+    draw: st.DrawFn, contents: tuple[str, ...] = ("plain",), dtype: torch.dtype | None = None
+) -> Callable[[], Net]:
+    """A net to make inside the test: the run-time shape checks draw from `random`, which a strategy may not do."""
+    return partial(
+        make_net,
+        draw(seeds),
+        draw(similarities),
+        rows=draw(st.integers(1, 12)),
+        widths=draw(widths_of),
+        beta=draw(betas),
+        dtype=dtype or draw(dtypes),
+        content=draw(st.sampled_from(contents)),
+    )
+
+
+def assert_never_rises(energies: Tensor, scale: float = 1.0) -> None:
+    """`energies` is (cues, times), NaN once a cue is frozen."""
+    for before, after in pairwise(energies.unbind(-1)):
+        frozen = after.isnan()
+        rise = (after - before)[~frozen]
+        allowed = TOLERANCE[energies.dtype] * (scale + before[~frozen].abs())
+        assert (rise <= allowed).all(), energies
+
+
+@given(
+    nets(("plain", "zero rows", "zero blocks", "duplicates", "single", "zero cue")),
+    separations,
+    st.floats(0.05, 1.0),
+    st.booleans(),
+    st.booleans(),
+)
+def test_a_step_never_raises_the_energy(
+    make: Callable[[], Net], separation: str, step_size: float, partly: bool, clamp: bool
+) -> None:
+    net = make()
+    result = retrieve(
+        net.blocks,
+        net.stored,
+        net.cues,
+        beta=net.beta,
+        separation=separation,
+        observed=net.observed if partly else None,
+        step_size=step_size,
+        clamp_observed=clamp,
+        update_steps_max=12,
+        update_steps_eps=0.0,
+    )
+    whole = result.energy[:, 1:] if partly else result.energy
+    raw_scale = 1.0 if net.blocks.similarity == "cosine" else float(net.stored.square().sum(-1).amax()) + 1.0
+    assert_never_rises(whole, raw_scale)
+
+
+@given(nets(dtype=torch.float64), separations, st.integers(1, 12))
+def test_top_k_reselected_each_step_never_raises_its_own_energy(
+    make: Callable[[], Net], separation: str, k: int
+) -> None:
+    net = make()
+    state, energies = normalise_rows(net.cues, net.blocks), []
+    for _ in range(8):
+        best, rows = top_k(scores(net.blocks, net.stored, state), k)
+        weights = separate(separation, best * net.beta)
+        energies.append(energy(net.blocks, state, best, weights, net.beta, separation))
+        state = update(net.stored[rows], state, weights)
+    assert_never_rises(torch.stack(energies, -1), float(net.stored.square().sum(-1).amax()) + 1.0)
+
+
+@given(nets(("plain", "zero blocks"), dtype=torch.float64), st.sampled_from(SEPARATIONS[1:]))
+def test_a_pattern_is_a_fixed_point_iff_beta_times_its_margin_reaches_m(
+    make: Callable[[], Net], separation: str
+) -> None:
+    net = make()
+    own = scores(net.blocks, net.stored, net.stored)
+    margin = own.diag() - own.masked_fill(torch.eye(len(own), dtype=torch.bool), -torch.inf).amax(-1)
+    needed = exact_recall_margin(separation)
+    near = (net.beta * margin - needed).abs() < 1e-9
+    result = retrieve(net.blocks, net.stored, net.stored, beta=net.beta, separation=separation, update_steps_max=0)
+    exact = result.weights.diag() == 1.0
+    assert ((net.beta * margin >= needed) == exact)[~near].all()
+    step = retrieve(net.blocks, net.stored, net.stored, beta=net.beta, separation=separation, update_steps_max=1)
+    assert torch.equal(step.state[exact], net.stored[exact])
+    assert (step.outcome[exact & (net.stored != 0).any(-1)] == Outcome.CONVERGED).all()
+
+
+@given(nets(dtype=torch.float64), separations, st.booleans())
+def test_a_support_of_all_rows_is_dense_and_padding_changes_nothing(
+    make: Callable[[], Net], separation: str, partly: bool
+) -> None:
+    net = make()
+    observed, rows = net.observed if partly else None, len(net.stored)
+    settings = {"beta": min(net.beta, 10.0), "separation": separation, "observed": observed, "update_steps_max": 4}
+    dense = retrieve(net.blocks, net.stored, net.cues, **settings)
+    best, order = top_k(scores(net.blocks, net.stored, net.cues, observed), rows + 5)
+    padded = torch.cat([net.stored[order], torch.full((4, 2, net.blocks.dimension), 3.0).double()], dim=1)
+    valid = (torch.arange(rows + 2) < rows).expand(4, -1)
+    first = torch.cat([best, torch.full((4, 2), -torch.inf).double()], dim=1)
+    support = retrieve(net.blocks, padded, net.cues, **settings, valid=valid, first_scores=first)
+    assert (support.weights[:, rows:] == 0).all()
+    in_row_order = torch.zeros_like(dense.weights).scatter_(-1, order, support.weights[:, :rows])
+    torch.testing.assert_close(in_row_order, dense.weights, rtol=0, atol=1e-8)
+    torch.testing.assert_close(support.state, dense.state, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(support.energy, dense.energy, rtol=1e-8, atol=1e-8, equal_nan=True)
+
+
+@given(nets(dtype=torch.float64), separations, seeds)
+def test_permuting_rows_permutes_weights(make: Callable[[], Net], separation: str, seed: int) -> None:
+    net = make()
+    order = torch.randperm(len(net.stored), generator=torch.Generator().manual_seed(seed))
+    settings = {"beta": min(net.beta, 10.0), "separation": separation, "observed": net.observed}
+    before = retrieve(net.blocks, net.stored, net.cues, **settings)
+    after = retrieve(net.blocks, net.stored[order], net.cues, **settings)
+    torch.testing.assert_close(after.weights, before.weights[:, order], rtol=0, atol=1e-8)
+    torch.testing.assert_close(after.state, before.state, rtol=1e-8, atol=1e-8)
+
+
+@given(nets(dtype=torch.float64), separations, st.booleans())
+def test_a_batch_answers_as_its_cues_do_alone(make: Callable[[], Net], separation: str, clamp: bool) -> None:
+    """Cues settle at different steps, so this also shows that a settled cue is frozen as it was."""
+    net = make()
+    beta = torch.tensor([0.5, 1.0, 2.0, 8.0], dtype=torch.float64)
+    settings = {"separation": separation, "update_steps_max": 30, "clamp_observed": clamp}
+    together = retrieve(net.blocks, net.stored, net.cues, beta=beta, observed=net.observed, **settings)
+    for i in range(4):
+        cue, seen = net.cues[i : i + 1], net.observed[i : i + 1]
+        alone = retrieve(net.blocks, net.stored, cue, beta=float(beta[i]), observed=seen, **settings)
+        steps = int(alone.steps[0])
+        assert (steps, int(alone.outcome[0])) == (int(together.steps[i]), int(together.outcome[i]))
+        torch.testing.assert_close(together.state[i], alone.state[0], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(together.weights[i], alone.weights[0], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(together.energy[i, : steps + 1], alone.energy[0], rtol=1e-9, atol=1e-9)
+        assert together.energy[i, steps + 1 :].isnan().all()
+
+
+@given(seeds, st.integers(2, 12), st.integers(0, 2))
+def test_recall_from_one_block_returns_the_others(seed: int, rows: int, block: int) -> None:
+    net = make_net(seed, "cosine", rows=rows, widths=(16, 12, 20))
+    part, error = net.blocks.slices[block], 1e-3
+    observed = torch.zeros(rows, 3, dtype=torch.bool)
+    observed[:, block] = True
+    own = net.stored[:, part] @ net.stored[:, part].T
+    margin = float((own.diag() - own.fill_diagonal_(-torch.inf).amax(-1)).min())
+    assume(margin > 0.05)  # the block tells the memories apart
+    norm_max = 3**0.5
+    beta = torch.log(torch.tensor(2 * norm_max * (rows - 1) / error)).item() / margin
+    cues = torch.zeros_like(net.stored)
+    cues[:, part] = net.stored[:, part]
+    result = retrieve(net.blocks, net.stored, cues, beta=beta, observed=observed, update_steps_max=1)
+    assert ((result.state - net.stored).norm(dim=-1) <= error).all()
+    assert torch.equal(result.weights.argmax(-1), torch.arange(rows))
+
+
+@given(
+    seeds,
+    similarities,
+    separations,
+    dtypes,
+    st.sampled_from(CONTENTS),
+    st.sampled_from((1e-9, 1e-3, 1.0, 1e3, 1e6, 1e9)),
+    widths_of,
+)
+def test_output_is_finite_and_arguments_are_kept(
+    seed: int,
+    similarity: Similarity,
+    separation: str,
+    dtype: torch.dtype,
+    content: str,
+    beta: float,
+    widths: tuple[int, ...],
+) -> None:
+    net = make_net(seed, similarity, widths=widths, dtype=dtype, content=content)
+    stored, cues, observed = net.stored.clone(), net.cues.clone(), net.observed.clone()
+    result = retrieve(
+        net.blocks, stored, cues, beta=beta, separation=separation, observed=observed, update_steps_eps=0.0
+    )
+    assert result.state.isfinite().all()
+    assert (result.weights >= 0).all()
+    assert (result.weights.sum(-1) - 1).abs().amax() < 1e-4
+    assert not result.energy.isinf().any()
+    assert result.energy[:, 0].isfinite().all()
+    assert torch.equal(stored, net.stored)
+    assert torch.equal(cues, net.cues)
+    assert torch.equal(observed, net.observed)
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_scores_are_the_formula(similarity: Similarity) -> None:
+    net = make_net(3, similarity, widths=(4, 3, 2), content="zero blocks")
+    net = replace(net, observed=torch.ones_like(net.observed)) if similarity != "cosine" else net
+    got = scores(net.blocks, net.stored, net.cues, net.observed)
+    torch.testing.assert_close(scores(net.blocks, net.stored.expand(4, -1, -1), net.cues, net.observed), got)
+    for i, x in enumerate(net.cues):
+        for row, pattern in enumerate(net.stored):
+            if similarity == "dot":
+                want = float(pattern @ x)
+            elif similarity == "neg_l2":
+                want = -float((pattern - x).square().sum())
+            else:
+                pairs = [
+                    (w, torch.cosine_similarity(pattern[s], x[s], dim=0) if pattern[s].any() else torch.tensor(0.0))
+                    for w, s, seen in zip(net.blocks.weights, net.blocks.slices, net.observed[i], strict=True)
+                    if seen
+                ]
+                want = sum(w * float(k) for w, k in pairs) / sum(w for w, _ in pairs)
+            assert float(got[i, row]) == pytest.approx(want, abs=1e-12)
