@@ -9,12 +9,14 @@ import asyncio
 import hmac
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Annotated, Any, ParamSpec, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Path, Request, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api import bodies, problems
@@ -27,6 +29,7 @@ from service.app.schemas import (
     DeleteReply,
     DeleteRequest,
     MemoryInfo,
+    MemoryInput,
     Operation,
     OperationList,
     ProblemDetails,
@@ -292,6 +295,16 @@ def _authorizer(key: str) -> Callable[..., Awaitable[None]]:
     return authorize
 
 
+def _document(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document, with the bodies that routes read by themselves among its schemas."""
+    document = FastAPI.openapi(app)
+    template = "#/components/schemas/{model}"
+    read = [(model, "validation") for model in (RecallRequest, StoreRequest, MemoryInput)]
+    _, definitions = models_json_schema(read, ref_template=template)  # type: ignore[arg-type]
+    document["components"]["schemas"].update(definitions["$defs"])
+    return document
+
+
 def create_app(engine: Engine | None, *, api_key: str | None = None, body_bytes_max: int | None = None) -> FastAPI:
     """The application over an open engine (None only to generate the OpenAPI document)."""
     app = FastAPI(title="Engram", version="1", description=DESCRIPTION, max_body_size=body_bytes_max)
@@ -302,6 +315,7 @@ def create_app(engine: Engine | None, *, api_key: str | None = None, body_bytes_
     app.include_router(metrics_router, dependencies=guards)
     app.include_router(system)
     problems.install(app)
+    app.openapi = partial(_document, app)  # type: ignore[method-assign]
 
     if engine is not None:
         app.add_middleware(CountRequests, metrics=engine.resources.metrics)

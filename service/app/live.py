@@ -86,9 +86,10 @@ class LiveCollection:
         self._turn = threading.Condition()
 
     @property
-    def decoder_space(self) -> Space | None:
-        """The first space whose latents can be drawn."""
-        return next((space for space in self.spaces.values() if isinstance(space.encoder, Decoder)), None)
+    def decoder(self) -> tuple[str, Decoder] | None:
+        """The first space whose latents can be drawn, and what draws them."""
+        encoders: dict[str, object] = {space.name: space.encoder for space in self.spaces.values()}
+        return next(((name, encoder) for name, encoder in encoders.items() if isinstance(encoder, Decoder)), None)
 
     @contextmanager
     def follow(self, version: int) -> Iterator[None]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from service.app.calibrate import gate_scores, margin_for
 from service.app.cues import CueBlocks, stack, whole_state
-from service.app.live import LiveCollection, Space
+from service.app.live import LiveCollection
 from service.app.schemas import (
     Drawing,
     Dynamics,
@@ -40,7 +40,6 @@ from service.core.retrieve import Outcome, retrieve
 from service.core.separation import Separation
 from service.core.similarity import Blocks, scores
 from service.encoders.picture import write_png
-from service.encoders.protocol import Decoder
 from service.errors import NotDecodable, UnknownSpace
 
 AMBIGUOUS_LOG_ODDS = math.log(3.0)  # step-0 odds of the first two under 3:1 (design: verdicts)
@@ -80,7 +79,7 @@ def resolve(live: LiveCollection, options: RecallOptions) -> Resolved:
     for name in options.spaces or ():
         if name not in live.spaces:
             raise UnknownSpace(f"collection {live.name} has no space {name}; it has {', '.join(live.spaces)}")
-    if (options.reconstruct or options.trace) and live.decoder_space is None:
+    if (options.reconstruct or options.trace) and live.decoder is None:
         raise NotDecodable(f"collection {live.name} has no space whose encoder decodes; `pixels` does")
     return Resolved(
         limit=options.limit,
@@ -282,27 +281,26 @@ class _Recall:
         batch = len(self.cues)
         drawings: list[Drawing | None] = [None] * batch
         traces: list[list[Drawing] | None] = [None] * batch
-        space = self.live.decoder_space
-        if space is None:
+        if self.live.decoder is None:
             return drawings, traces
         if self.options.reconstruct:
             drawn = [i for i, verdict in enumerate(self.verdicts) if verdict != "unknown"]
-            for i, drawing in zip(drawn, self._decode(space, self.found.rows[drawn], self.weights[drawn]), strict=True):
+            for i, drawing in zip(drawn, self._decode(self.found.rows[drawn], self.weights[drawn]), strict=True):
                 drawings[i] = drawing
         if self.settled.step_weights is not None:
             for i, steps in enumerate(self.settled.steps.tolist()):
                 weights = self.settled.step_weights[: steps + 1, i]
                 if self.order is not None:
                     weights = weights[:, self.order[i]]
-                traces[i] = self._decode(space, self.found.rows[i].expand(steps + 1, -1), weights)
+                traces[i] = self._decode(self.found.rows[i].expand(steps + 1, -1), weights)
         return drawings, traces
 
-    def _decode(self, space: Space, rows: Tensor, weights: Tensor) -> list[Drawing]:
-        assert isinstance(space.encoder, Decoder)
-        if not len(rows):
+    def _decode(self, rows: Tensor, weights: Tensor) -> list[Drawing]:
+        if self.live.decoder is None or not len(rows):
             return []
-        latents = self.view.read_out(rows, weights, space.name)
-        return [Drawing(base64=write_png(pixels)) for pixels in space.encoder.decode(latents.numpy())]
+        name, decoder = self.live.decoder
+        latents = self.view.read_out(rows, weights, name)
+        return [Drawing(base64=write_png(pixels)) for pixels in decoder.decode(latents.numpy())]
 
     def _replies(self) -> list[RecallResult]:
         found, settled, options = self.found, self.settled, self.options

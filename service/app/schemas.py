@@ -21,6 +21,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    JsonValue,
     PlainSerializer,
     WithJsonSchema,
     field_validator,
@@ -297,10 +298,15 @@ class MemoryInput(Request):
     payload: Payload | None = None
 
 
+MEMORY_REF: dict[str, JsonValue] = {"$ref": "#/components/schemas/MemoryInput"}  # documented, and checked item by item
+
+
 class StoreRequest(Request):
     """Items are checked one by one: a bad one is reported under its position and the rest are stored."""
 
-    memories: list[SkipValidation[Any]] = Field(min_length=1, max_length=BATCH_MAX, json_schema_extra={"items": {}})
+    memories: list[SkipValidation[Any]] = Field(
+        min_length=1, max_length=BATCH_MAX, json_schema_extra={"items": MEMORY_REF}
+    )
     wait: bool = True
     timeout_s: float = Field(default=30, gt=0, le=600)
 

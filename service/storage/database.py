@@ -38,7 +38,8 @@ READERS_MAX = 64
 """Connections open at once: above the 40 threads that a synchronous web application runs, and few enough to hold in
 memory."""
 
-READER_WAIT_S = 30
+READER_WAIT_S = 1.0
+"""A reader is done in milliseconds: who waits longer is better told so than kept."""
 
 UNUSABLE = {
     sqlite3.SQLITE_READONLY: "it is read-only",

@@ -1,0 +1,63 @@
+# What a person does with this checkout. `make` alone prints this list.
+#
+#   make demo        set everything up, start the server, store real images, recall them; a contact sheet and a server to try
+#                    (PORT=8123 for another port, DEMO_EXIT=1 to stop afterwards)
+#   make test        set everything up, check style, types and imports, run one small instance of every test
+#   make test-full   the same tests at the counts a release is judged by (about an hour)
+#   make bench-load  60,000 vectors through FAISS alone, the engine in process, and HTTP: time, share of right answers, memory
+#   make setup       fill .venv alone        make lint / make types    one check alone
+#   make openapi     write openapi/openapi.json after the API has changed
+#   make constraints renew constraints.txt from what .venv holds
+#   make clean       remove what the above made (not your memories)
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.engram-installed
+# One thread: on two cores under load, two torch threads were ten times slower than one.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-full lint types bench-load openapi constraints clean
+
+help:
+	@sed -n 's/^#   /  /p; s/^# \(What\)/\1/p' Makefile
+
+setup: $(STAMP)
+
+# Installed again whenever what it is installed from changes.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Engram needs Python 3.11 or newer; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,clip,demo,dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/engram demo
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: setup
+	$(BIN)/mypy
+
+# Two processes; every test brings its own server, folder and port.
+test: lint types
+	$(BIN)/pytest -n 2
+
+test-full: lint types
+	TEST_PROFILE=full $(BIN)/pytest -n 2
+
+bench-load: setup
+	$(BIN)/python -m benchmarks.load
+
+openapi: setup
+	$(BIN)/python -m service.api.openapi
+
+constraints:
+	( sed -n 1p constraints.txt; $(BIN)/pip freeze | grep -viE '^(nvidia|cuda|triton|editables|engram|-e)' ) > .constraints.new
+	mv .constraints.new constraints.txt
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis demo-output
