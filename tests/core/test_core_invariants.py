@@ -99,15 +99,18 @@ widths_of = st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple)
 
 @st.composite
 def nets(
-    draw: st.DrawFn, contents: tuple[str, ...] = ("plain",), dtype: torch.dtype | None = None
+    draw: st.DrawFn, contents: tuple[str, ...] = ("plain",), dtype: torch.dtype | None = None, narrowest: int = 1
 ) -> Callable[[], Net]:
-    """A net to make inside the test: the run-time shape checks draw from `random`, which a strategy may not do."""
+    """A net to make inside the test: the run-time shape checks draw from `random`, which a strategy may not do.
+
+    Blocks of one value compare as ±1, which makes ties; a test that excludes ties has blocks of at least two.
+    """
     return partial(
         make_net,
         draw(seeds),
         draw(similarities),
         rows=draw(st.integers(1, 12)),
-        widths=draw(widths_of),
+        widths=draw(st.lists(st.integers(narrowest, 6), min_size=1, max_size=3).map(tuple)),
         beta=draw(betas),
         dtype=dtype or draw(dtypes),
         content=draw(st.sampled_from(contents)),
@@ -182,7 +185,7 @@ def test_a_pattern_is_a_fixed_point_iff_beta_times_its_margin_reaches_m(
     assert (step.outcome[exact & (net.stored != 0).any(-1)] == Outcome.CONVERGED).all()
 
 
-@given(nets(dtype=torch.float64), separations, st.booleans())
+@given(nets(dtype=torch.float64, narrowest=2), separations, st.booleans())
 def test_a_support_of_all_rows_is_dense_and_padding_changes_nothing(
     make: Callable[[], Net], separation: str, partly: bool
 ) -> None:
@@ -202,7 +205,7 @@ def test_a_support_of_all_rows_is_dense_and_padding_changes_nothing(
     torch.testing.assert_close(support.energy, dense.energy, rtol=1e-8, atol=1e-8, equal_nan=True)
 
 
-@given(nets(dtype=torch.float64), separations, seeds)
+@given(nets(dtype=torch.float64, narrowest=2), separations, seeds)
 def test_permuting_rows_permutes_weights(make: Callable[[], Net], separation: str, seed: int) -> None:
     net = make()
     order = torch.randperm(len(net.stored), generator=torch.Generator().manual_seed(seed))
@@ -213,7 +216,7 @@ def test_permuting_rows_permutes_weights(make: Callable[[], Net], separation: st
     torch.testing.assert_close(after.state, before.state, rtol=1e-8, atol=1e-8)
 
 
-@given(nets(dtype=torch.float64), separations, st.booleans())
+@given(nets(dtype=torch.float64, narrowest=2), separations, st.booleans())
 def test_a_batch_answers_as_its_cues_do_alone(make: Callable[[], Net], separation: str, clamp: bool) -> None:
     """Cues settle at different steps, so this also shows that a settled cue is frozen as it was."""
     net = make()
