@@ -14,9 +14,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from engram.transport import Body
 from service import settings
 from service.api.bodies import validate
-from service.app.schemas import faults
 from service.app.engine import Engine
-from service.app.schemas import CollectionConfig, DeleteRequest, Name, RecallRequest, StoreRequest
+from service.app.schemas import CollectionConfig, DeleteRequest, Name, RecallRequest, StoreRequest, faults
 from service.errors import InvalidRequest
 from workers.loop import running
 
