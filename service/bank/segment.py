@@ -268,7 +268,7 @@ class Part:
             elif lacking is not None:
                 lacking = lacking & (norms == 0)
         assert total is not None, "a cue observes at least one space"
-        for mask in (hidden, None):
+        for mask in (hidden, lacking):
             if mask is not None:
                 total.masked_fill_(mask, -torch.inf)
         return total

@@ -1,4 +1,6 @@
-"""Segments with graphs: their recall, their scores, when they are used and when a scan takes over; what a seal leaves."""
+"""Segments with graphs: their recall, their scores, when they are used and when a scan takes over; what a seal
+leaves.
+"""
 
 from __future__ import annotations
 
