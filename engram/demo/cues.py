@@ -105,7 +105,7 @@ def shown() -> dict[str, list[Cue]]:
             _pictured("from a noisy copy", "digits", digit, digit_image, DIGIT_NOISE),
             _pictured("from half of it", "faces", face, face_image, FACE_HALF),
         ],
-        "Never stored": [
+        "Never stored: nothing should come back": [
             *(Cue(photo.name, "photos", None, image=photo.read()) for photo in STRANGERS),
             Cue("static noise", "photos", None, image=static(FRESH_SEED)),
         ],

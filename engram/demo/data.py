@@ -220,9 +220,9 @@ def static(seed: int, size: int = 128) -> bytes:
 
 
 def png(pixels: NDArray[np.uint8]) -> bytes:
-    """(height, width[, 3]) uint8 → PNG."""
+    """(height, width[, 3]) uint8 → PNG, lightly compressed: a cue is sent once, within this machine."""
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
+    Image.fromarray(pixels).save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 

@@ -37,6 +37,8 @@ class Tally:
     """One kind of cue, counted. A stranger's every acceptance is false; a stored one's every refusal is."""
 
     kind: str
+    collection: str
+    modality: str | None
     stranger: bool
     declared: bool
     cues: int
@@ -52,6 +54,8 @@ def tally(trial: Trial, recalls: Sequence[Recall]) -> Tally:
     pairs = list(zip(trial.cues, recalls, strict=True))
     return Tally(
         kind=trial.kind,
+        collection=trial.cues[0].collection,
+        modality=recalls[0].gate.modality if recalls[0].gate else None,
         stranger=trial.cues[0].own is None,
         declared=trial.declared,
         cues=len(pairs),
@@ -63,7 +67,7 @@ def tally(trial: Trial, recalls: Sequence[Recall]) -> Tally:
 def print_calibration(console: Console, info: CollectionInfo) -> None:
     console.print(f"\n[bold]{info.name}[/] · {info.count:,} memories · cues declared: {', '.join(info.corruptions)}")
     table = Table(box=box.SIMPLE, pad_edge=False)
-    for heading in ("cue fills", "cues made", "own first", "threshold", "lets in of its own", "of left-out ones"):
+    for heading in ("cue fills", "cues made", "own first", "threshold", "lets in its own", "lets in left-out"):
         table.add_column(heading, justify="left" if heading == "cue fills" else "right")
     for record in info.calibration.modalities:
         threshold = f"log S > {record.log_lambda:.2f}" if record.log_lambda is not None else f"none: {record.refused}"
@@ -77,6 +81,14 @@ def print_calibration(console: Console, info: CollectionInfo) -> None:
             strangers,
         )
     console.print(table)
+
+
+def explain_calibration(console: Console) -> None:
+    console.print(
+        "Each threshold is set to let in that share of cues made from stored memories by the declared kinds.\nThe last "
+        "column is its price: the share of the same cues let in with their own memory left out, the nearest strangers.",
+        style="dim",
+    )
 
 
 def print_shown(console: Console, shown: Shown) -> None:
@@ -113,7 +125,7 @@ def print_tallies(console: Console, tallies: Sequence[Tally]) -> None:
         table.add_column(heading, justify="right")
     for t in tallies:
         rejects, accepts = ("", str(t.false)) if t.stranger else (str(t.false), "")
-        kind = t.kind if t.declared else f"{t.kind} (not declared)"
+        kind = t.kind if t.declared or t.stranger else f"{t.kind} (not declared)"
         table.add_row(kind, str(t.cues), "" if t.stranger else str(t.first), str(t.accepted), rejects, accepts)
     console.print(table)
 

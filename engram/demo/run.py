@@ -28,14 +28,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from engram.client import Client
 from engram.demo.cues import DECLARED, SPACES, memories, shown, trials
 from engram.demo.data import STRANGERS
-from engram.demo.report import Shown, Tally, print_calibration, print_shown, print_tallies, summary, tally
+from engram.demo.report import (
+    Shown,
+    Tally,
+    explain_calibration,
+    print_calibration,
+    print_shown,
+    print_tallies,
+    summary,
+    tally,
+)
 from engram.demo.sheet import draw_sheet
+from engram.replies import Calibration
 from service.errors import CollectionNotFound, Unavailable
 from service.storage.folder import read_owner
 
 START_S = 120.0  # a first start compiles Python and loads torch: some 10 s on two slow cores
 STOP_S = 20.0  # a server answers what it has accepted before it stops
 POLL_S = 0.1
+WAIT_S = 300.0  # for one request: encoding a batch of photographs takes seconds, on a busy machine a minute
 RECALL_BATCH = 10  # cues in one request: ten uncompressible pictures of 6 MB stay under the server's bound on a body
 
 
@@ -43,18 +54,20 @@ def run(output: Path, data: Path, port: int, exit_at_once: bool) -> None:
     console = Console()
     signal.signal(signal.SIGTERM, _stop)
     output.mkdir(parents=True, exist_ok=True)
-    with _server(console, data, port, output / "server.log") as url, Client(url) as client:
-        _fill(console, client)
+    with _server(console, data, port, output / "server.log") as url, Client(url, timeout_s=WAIT_S) as client:
+        calibrations = _fill(console, client)
         groups = _show(console, client)
         tallies = _count(console, client)
         sheet = output / "contact-sheet.png"
         stored = " · ".join(f"{client.collection(name).count():,} {name}" for name in SPACES)
         draw_sheet(groups, f"{stored} stored; thresholds from the automatic calibration alone", summary(tallies), sheet)
-        _write_results(output / "results.json", groups, tallies)
+        _write_results(output / "results.json", calibrations, groups, tallies)
         console.print(f"\nContact sheet: [bold]{sheet.resolve()}[/]", soft_wrap=True)
         if exit_at_once:
             return
-        _invite(console, url)
+        console.print("\nThe server stays up; Ctrl-C stops it. Try next:\n")
+        for line in curl_lines(url):
+            console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
         while True:
             time.sleep(3600)
 
@@ -84,6 +97,7 @@ def _server(console: Console, data: Path, port: int, log: Path) -> Iterator[str]
         console.print(f"Server up at [bold]{url}[/] (pid {process.pid}), memories in {data}, log in {log}")
         yield url
     finally:
+        console.print("Stopping the server.")
         process.terminate()
         try:
             process.wait(STOP_S)
@@ -109,7 +123,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], data: Path, log: Path) -
     raise Unavailable(f"the server was not ready within {START_S:g} s; its log is {log}")
 
 
-def _fill(console: Console, client: Client) -> None:
+def _fill(console: Console, client: Client) -> dict[str, Calibration]:
     """Store what is not stored yet, wait for the calibrations, and say what they rest on."""
     with _progress(console) as progress:
         for name in SPACES:
@@ -129,10 +143,14 @@ def _fill(console: Console, client: Client) -> None:
             reply = collection.store(items, progress=partial(progress.advance, task))
             for result in reply.errors:
                 console.print(f"[red]{name} {result.id}: {result.error}[/]")
+    calibrations = {}
     for name in SPACES:
         with console.status(f"Calibrating {name}: cues are made from what is stored, a threshold is set for each kind"):
             info = client.collection(name).wait_until_calibrated()
         print_calibration(console, info)
+        calibrations[name] = info.calibration
+    explain_calibration(console)
+    return calibrations
 
 
 def _create(client: Client, name: str) -> None:
@@ -184,7 +202,9 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console)
 
 
-def _write_results(path: Path, groups: dict[str, list[Shown]], tallies: list[Tally]) -> None:
+def _write_results(
+    path: Path, calibrations: dict[str, Calibration], groups: dict[str, list[Shown]], tallies: list[Tally]
+) -> None:
     """The same results for a program to read."""
     answers = [
         {
@@ -202,16 +222,20 @@ def _write_results(path: Path, groups: dict[str, list[Shown]], tallies: list[Tal
         for title, group in groups.items()
         for s in group
     ]
-    path.write_text(json.dumps({"shown": answers, "tallies": [asdict(t) for t in tallies]}, indent=1))
+    results = {
+        "calibrations": {name: asdict(calibration) for name, calibration in calibrations.items()},
+        "shown": answers,
+        "tallies": [asdict(t) for t in tallies],
+    }
+    path.write_text(json.dumps(results, indent=1))
 
 
-def _invite(console: Console, url: str) -> None:
-    sentence = json.dumps({"cue": {"text": "a big cat's face"}, "limit": 3})
-    console.print("\nThe server is up. Try next:\n")
-    for line in (
-        f"curl -s {url}/v1/collections/photos",
-        f"curl -s {url}/v1/collections/photos/recall -H 'Content-Type: application/json' -d '{sentence}'",
-        f"curl -s {url}/v1/collections/photos/memories/chelsea/content -o chelsea.png",
-    ):
-        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
-    console.print("\nCtrl-C stops it.")
+def curl_lines(url: str) -> list[str]:
+    """Three things to try next, each a line for a shell."""
+    photos = f"{url}/v1/collections/photos"
+    cue = json.dumps({"cue": {"text": "a wild animal with whiskers"}, "limit": 3})
+    return [
+        f"curl -s {photos}",
+        f"curl -s {photos}/recall -H 'Content-Type: application/json' -d '{cue}'",
+        f"curl -s {photos}/memories/chelsea/content -o chelsea.png",
+    ]

@@ -125,7 +125,7 @@ def _cue_tile(sheet: Sheet, x: float, y: float, cue: Cue) -> None:
     if cue.image is not None:
         sheet.picture(_seen(cue.image, cue.mask), x, y, TILE)
         return
-    lines = textwrap.wrap(f"“{cue.text}”", 17, break_on_hyphens=False)
+    lines = textwrap.wrap(f"“{cue.text}”", 16, break_on_hyphens=False)
     first = y + TILE / 2 - 11 * (len(lines) - 1)
     for index, line in enumerate(lines):
         sheet.text(x + TILE / 2, first + 22 * index, line, 16, anchor="mm")
@@ -153,7 +153,7 @@ def _answer_tile(sheet: Sheet, x: float, y: float, recall: Recall) -> None:
         width, height = proportions(recall.matches[0].id) or picture.size
         sheet.picture(picture, x, y, TILE, width / height)
         return
-    sheet.text(x + TILE / 2, y + TILE / 2, "nothing recalled", 14, MUTED, anchor="mm")
+    sheet.text(x + TILE / 2, y + TILE / 2, "nothing comes back", 14, MUTED, anchor="mm")
 
 
 def _verdict(sheet: Sheet, x: float, y: float, shown: Shown) -> None:
@@ -166,15 +166,16 @@ def _verdict(sheet: Sheet, x: float, y: float, shown: Shown) -> None:
         x + width + 10, y + 12.5, "right" if shown.right else "wrong", 14,
         VERDICTS["known"] if shown.right else WRONG, anchor="lm",
     )  # fmt: skip
+    bar = LINE if recall.verdict == "unknown" else VERDICTS[recall.verdict]
     room = CARD_WIDTH - 3 * PADDING - 2 * TILE - ARROW
     for index, match in enumerate(recall.matches[:MATCHES]):
         line = y + 38 + 26 * index
-        name = match.id if recall.verdict != "unknown" or len(match.id) < 14 else match.id[:13]
-        sheet.text(x, line, name, 14, INK if index == 0 else MUTED)
-        sheet.text(x + room, line, f"{match.weight:.2f}", 14, INK if index == 0 else MUTED, anchor="ra")
+        ink = INK if index == 0 and recall.verdict != "unknown" else MUTED
+        sheet.text(x, line, match.id, 14, ink)
+        sheet.text(x + room, line, f"{match.weight:.2f}", 14, ink, anchor="ra")
         sheet.box(x, line + 18, room, 3, TILE_BACK)
         if match.weight > 0.005:
-            sheet.box(x, line + 18, room * match.weight, 3, VERDICTS[recall.verdict])
+            sheet.box(x, line + 18, room * match.weight, 3, bar)
     if recall.gate is not None:
         relation = ">" if recall.gate.score > recall.gate.threshold else "<"
         sheet.text(x, y + 118, f"gate {recall.gate.score:.1f} {relation} {recall.gate.threshold:.1f}", 13, MUTED)
