@@ -115,7 +115,8 @@ class Blobs:
         cutoff = time.time() - older_than_s
         with os_errors("Unreferenced originals cannot be removed"):
             for folder in self._folders:
-                old = [entry.name for entry in os.scandir(folder) if entry.stat().st_mtime <= cutoff]
+                with os.scandir(folder) as entries:
+                    old = [entry.name for entry in entries if entry.stat().st_mtime <= cutoff]
                 for hash_ in set(old).difference(in_use(old) if old else ()):
                     with self._deciding:
                         if self._path(hash_).stat().st_mtime <= cutoff:

@@ -1,0 +1,162 @@
+"""The database: the schema that migrations make, what a commit and a read promise, and what is refused."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import Connection, create_engine, insert, inspect, select, text
+from sqlalchemy.exc import IntegrityError
+
+from service.errors import StorageUnavailable, TooBusy
+from service.storage.database import READERS_MAX, Database
+from service.storage.tables import metadata, name_versions
+
+PRAGMAS = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
+
+
+@pytest.fixture
+def database(tmp_path):
+    opened = Database.open(tmp_path / "engram.db")
+    yield opened
+    opened.close()
+
+
+def names(connection: Connection) -> list[str]:
+    return list(connection.execute(select(name_versions.c.name).order_by(name_versions.c.name)).scalars())
+
+
+def described(connection: Connection) -> dict[str, object]:
+    """All that the database knows about each table."""
+    inspector = inspect(connection)
+    return {
+        table: {
+            "columns": [
+                (c["name"], str(c["type"]), c["nullable"], c["primary_key"]) for c in inspector.get_columns(table)
+            ],
+            "primary key": inspector.get_pk_constraint(table)["constrained_columns"],
+            "foreign keys": inspector.get_foreign_keys(table),
+            "unique": inspector.get_unique_constraints(table),
+            "indexes": sorted(inspector.get_indexes(table), key=lambda index: str(index["name"])),
+            "checks": inspector.get_check_constraints(table),
+            "keys used once": "AUTOINCREMENT"
+            in connection.execute(text("SELECT sql FROM sqlite_master WHERE name = :t"), {"t": table}).scalar_one(),
+        }
+        for table in inspector.get_table_names()
+        if table != "alembic_version"
+    }
+
+
+def test_migrations_make_what_the_tables_say(database):
+    declared = create_engine("sqlite://")
+    with database.read() as migrated, declared.connect() as created:
+        metadata.create_all(created)
+        assert set(described(migrated)) == set(metadata.tables)
+        assert described(migrated) == described(created)
+        context = MigrationContext.configure(migrated, opts={"compare_type": True})
+        assert compare_metadata(context, metadata) == []
+    declared.dispose()
+
+
+def test_every_connection_is_durable_and_holds_to_foreign_keys(database):
+    with ExitStack() as stack:
+        for opened in [database.read(), database.read(), database.write()]:
+            connection = stack.enter_context(opened)
+            pragmas = {name: connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in PRAGMAS}
+            assert pragmas == PRAGMAS
+
+
+def test_write_is_all_or_nothing(database):
+    with database.write() as connection:
+        connection.execute(insert(name_versions).values(name="kept", version=1))
+    with pytest.raises(IntegrityError), database.write() as connection:
+        connection.execute(insert(name_versions), [{"name": "lost", "version": 1}, {"name": "kept", "version": 2}])
+    with database.read() as connection:
+        assert names(connection) == ["kept"]
+
+
+def test_read_sees_one_state(database):
+    with database.read() as reader:
+        assert names(reader) == []
+        with database.write() as connection:
+            connection.execute(insert(name_versions).values(name="later", version=1))
+        assert names(reader) == []
+    with database.read() as reader:
+        assert names(reader) == ["later"]
+
+
+def test_reopening_keeps_everything(tmp_path):
+    for expected in ([], ["name0"], ["name0", "name1"]):
+        database = Database.open(tmp_path / "engram.db")
+        with database.write() as connection:
+            assert names(connection) == expected
+            connection.execute(insert(name_versions).values(name=f"name{len(expected)}", version=1))
+        database.close()
+        assert [path.name for path in tmp_path.iterdir()] == ["engram.db"]  # the log was folded in
+
+
+def test_path_with_odd_characters(tmp_path):
+    path = tmp_path / "50% ü?#&" / "engram.db"
+    path.parent.mkdir()
+    Database.open(path).close()
+    assert path.exists()
+
+
+def test_newer_database_is_refused_and_left_alone(tmp_path):
+    path = tmp_path / "engram.db"
+    database = Database.open(path)
+    with database.write() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    database.close()
+    before = path.read_bytes()
+    with pytest.raises(StorageUnavailable, match=r"newer version of Engram \(schema 9999\)"):
+        Database.open(path)
+    assert path.read_bytes() == before
+
+
+def test_file_that_is_not_a_database_is_refused(tmp_path):
+    path = tmp_path / "engram.db"
+    path.write_bytes(b"not a database, and longer than the hundred bytes of a header" * 10)
+    with pytest.raises(StorageUnavailable, match="not an SQLite database"):
+        Database.open(path)
+
+
+def test_damaged_database_is_reported(tmp_path):
+    path = tmp_path / "engram.db"
+    database = Database.open(path)
+    with database.write() as connection:
+        rows = [{"name": f"{i:0500}", "version": i} for i in range(100)]
+        connection.execute(insert(name_versions), rows)
+    database.close()
+    size_bytes = path.stat().st_size
+    with path.open("r+b") as file:
+        file.seek(size_bytes - 20 * 4096)
+        file.write(b"\xff" * 20 * 4096)
+    database = Database.open(path)
+    with pytest.raises(StorageUnavailable, match="damaged"), database.read() as connection:
+        names(connection)
+    database.close()
+
+
+def test_database_without_permission_is_refused(tmp_path, unprivileged):
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    with unprivileged(), pytest.raises(StorageUnavailable, match="cannot be opened"):
+        Database.open(closed / "engram.db")
+
+
+def test_database_on_a_read_only_file_system_is_refused(mount):
+    with pytest.raises(StorageUnavailable, match="cannot be used"):
+        Database.open(mount("size=1m,ro") / "engram.db")
+
+
+def test_more_readers_than_connections_are_told(database):
+    with ExitStack() as stack:
+        for _ in range(READERS_MAX):
+            stack.enter_context(database.read())
+        with pytest.raises(TooBusy, match="readers"), database.read():
+            pass
+    with database.read() as connection:
+        assert names(connection) == []
