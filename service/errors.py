@@ -105,6 +105,10 @@ class Unauthorized(EngramError):
     status, code, title = 401, "unauthorized", "A valid API key is needed"
 
 
+class CrossSite(EngramError):
+    status, code, title = 403, "cross_site", "A web page of another site may not send this"
+
+
 # --- the thing asked for ----------------------------------------------------------------------------------------------
 
 

@@ -39,7 +39,7 @@ from service.app.schemas import (
     StoreRequest,
     TrainRequest,
 )
-from service.errors import TooBusy, Unauthorized
+from service.errors import CrossSite, TooBusy, Unauthorized
 from service.observability import Metrics
 
 P = ParamSpec("P")
@@ -91,12 +91,12 @@ def _json(model: BaseModel, status: int = 200) -> Response:
     return Response(model.model_dump_json(), status, media_type="application/json")
 
 
-def _body(model: type[BaseModel], form: dict[str, Any] | None = None) -> dict[str, Any]:
+def _body(model: type[BaseModel], form: dict[str, Any] | None = None, required: bool = True) -> dict[str, Any]:
     """What the OpenAPI document says of a body that a route reads by itself."""
     content: dict[str, Any] = {"application/json": {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}
     if form is not None:
         content["multipart/form-data"] = {"schema": {"type": "object", "properties": form}}
-    return {"requestBody": {"required": True, "content": content}}
+    return {"requestBody": {"required": required, "content": content}}
 
 
 FILE = {"type": "string", "contentMediaType": "application/octet-stream"}
@@ -116,12 +116,18 @@ v1 = APIRouter(prefix="/v1", responses={"default": {"model": ProblemDetails, "de
 # --- collections ------------------------------------------------------------------------------------------------------
 
 
-@v1.put("/collections/{collection}", status_code=201, tags=["collections"])
+@v1.put(
+    "/collections/{collection}",
+    status_code=201,
+    tags=["collections"],
+    openapi_extra=_body(CollectionConfig, required=False),
+)
 async def create_collection(
-    collection: CollectionName, engine: Engine_, pool: Pool_, config: CollectionConfig | None = None
+    collection: CollectionName, request: Request, engine: Engine_, pool: Pool_
 ) -> CollectionInfo:
     """Create a collection; without a body it gets the default spaces."""
-    return await pool.run(engine.create_collection, collection, config or CollectionConfig())
+    config = await bodies.read(request, CollectionConfig) if await request.body() else CollectionConfig()
+    return await pool.run(engine.create_collection, collection, config)
 
 
 @v1.get("/collections", tags=["collections"])
@@ -140,10 +146,10 @@ async def delete_collection(collection: CollectionName, engine: Engine_, pool: P
     await pool.run(engine.delete_collection, collection)
 
 
-@v1.post("/collections/{collection}/train", status_code=202, tags=["collections"])
-async def train(collection: CollectionName, request: TrainRequest, engine: Engine_, pool: Pool_) -> Operation:
+@v1.post("/collections/{collection}/train", status_code=202, tags=["collections"], openapi_extra=_body(TrainRequest))
+async def train(collection: CollectionName, request: Request, engine: Engine_, pool: Pool_) -> Operation:
     """Calibrate the gate again, now: an operation."""
-    return await pool.run(engine.train, collection, request)
+    return await pool.run(engine.train, collection, await bodies.read(request, TrainRequest))
 
 
 # --- store and recall -------------------------------------------------------------------------------------------------
@@ -190,12 +196,10 @@ async def recall(collection: CollectionName, request: Request, engine: Engine_, 
 # --- memories ---------------------------------------------------------------------------------------------------------
 
 
-@v1.post("/collections/{collection}/memories/delete", tags=["memories"])
-async def delete_memories(
-    collection: CollectionName, request: DeleteRequest, engine: Engine_, pool: Pool_
-) -> DeleteReply:
+@v1.post("/collections/{collection}/memories/delete", tags=["memories"], openapi_extra=_body(DeleteRequest))
+async def delete_memories(collection: CollectionName, request: Request, engine: Engine_, pool: Pool_) -> DeleteReply:
     """Delete memories by id; ids that are not there are left out of the answer."""
-    return await pool.run(engine.delete_memories, collection, request)
+    return await pool.run(engine.delete_memories, collection, await bodies.read(request, DeleteRequest))
 
 
 @v1.post("/collections/{collection}/memories/count", tags=["memories"])
@@ -287,6 +291,14 @@ class CountRequests:
 bearer = HTTPBearer(auto_error=False, description="The server's ENGRAM_API_KEY, where one is set")
 
 
+async def _same_site(request: Request) -> None:
+    """A page of another site can make a visitor's browser post to a server on loopback, where no key is asked for."""
+    origin = request.headers.get("origin")
+    if request.method not in ("GET", "HEAD") and origin is not None:
+        if origin.partition("://")[2] != request.headers.get("host"):
+            raise CrossSite(f"this request comes from {origin}; send it from the server's own pages, or without Origin")
+
+
 def _authorizer(key: str) -> Callable[..., Awaitable[None]]:
     async def authorize(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
         if given is None or not hmac.compare_digest(given.credentials.encode(), key.encode()):
@@ -299,7 +311,8 @@ def _document(app: FastAPI) -> dict[str, Any]:
     """The OpenAPI document, with the bodies that routes read by themselves among its schemas."""
     document = FastAPI.openapi(app)
     template = "#/components/schemas/{model}"
-    read = [(model, "validation") for model in (RecallRequest, StoreRequest, MemoryInput)]
+    models = (CollectionConfig, DeleteRequest, MemoryInput, RecallRequest, StoreRequest, TrainRequest)
+    read = [(model, "validation") for model in models]
     _, definitions = models_json_schema(read, ref_template=template)  # type: ignore[arg-type]
     document["components"]["schemas"].update(definitions["$defs"])
     return document
@@ -310,7 +323,7 @@ def create_app(engine: Engine | None, *, api_key: str | None = None, body_bytes_
     app = FastAPI(title="Engram", version="1", description=DESCRIPTION, max_body_size=body_bytes_max)
     app.state.engine = engine
     app.state.pool = Pool()
-    guards = [] if api_key is None else [Depends(_authorizer(api_key))]
+    guards = [Depends(_same_site), *([] if api_key is None else [Depends(_authorizer(api_key))])]
     app.include_router(v1, dependencies=guards)
     app.include_router(metrics_router, dependencies=guards)
     app.include_router(system)

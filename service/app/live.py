@@ -74,8 +74,10 @@ class LiveCollection:
             tuple(space.weight for space in spaces.values()),
             self.similarity,
         )
+        self.decoder = _decoder(spaces)
         self.corruptions: list[Corruption] = list(config.corruptions or DEFAULT_CORRUPTIONS)
         self.bank = Bank(self.layout, device=device)
+        self.bank.write(None, [], row.version)  # an empty bank, too, stands at its collection's version
         self.records: dict[str, CalibrationRecord] = {}
         self.calibrated_rows: int | None = None  # memories at the last calibration; None before the first
         self.margins: dict[tuple[str, ...], tuple[int, float | None]] = {}  # see calibrate.stored_margin
@@ -84,12 +86,6 @@ class LiveCollection:
         self.calibration_queued = False  # a calibration waits that has not looked at the bank yet
         self._followed = row.version
         self._turn = threading.Condition()
-
-    @property
-    def decoder(self) -> tuple[str, Decoder] | None:
-        """The first space whose latents can be drawn, and what draws them."""
-        encoders: dict[str, object] = {space.name: space.encoder for space in self.spaces.values()}
-        return next(((name, encoder) for name, encoder in encoders.items() if isinstance(encoder, Decoder)), None)
 
     @contextmanager
     def follow(self, version: int) -> Iterator[None]:
@@ -121,6 +117,12 @@ class LiveCollection:
             return "current"  # fixed prototypes do not grow with the bank, so neither does their mass
         drifted = abs(count - self.calibrated_rows) > STALE_SHARE * self.calibrated_rows
         return "stale" if drifted else "current"
+
+
+def _decoder(spaces: Mapping[str, Space]) -> tuple[str, Decoder] | None:
+    """The first space whose latents can be drawn, and what draws them."""
+    encoders: dict[str, object] = {space.name: space.encoder for space in spaces.values()}
+    return next(((name, encoder) for name, encoder in encoders.items() if isinstance(encoder, Decoder)), None)
 
 
 def check_fingerprints(name: str, spaces: Mapping[str, Space], stored: Mapping[str, str | None]) -> None:

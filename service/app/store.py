@@ -199,10 +199,10 @@ def _check(resources: Resources, live: LiveCollection, raw: object) -> _Item:
         raise EmptyText("the text has no characters but spaces")
     if memory.payload is not None and len(_json(memory.payload)) > PAYLOAD_BYTES_MAX:
         raise InvalidRequest(f"the payload is larger than {PAYLOAD_BYTES_MAX} bytes")
-    vectors = {name: check_vector(vector, name, live) for name, vector in (memory.vectors or {}).items()}
-    for name in vectors:
-        if (encoder := live.spaces[name].config.encoder) is not None:
+    for name in memory.vectors or ():
+        if name in live.spaces and (encoder := live.spaces[name].config.encoder) is not None:
             raise InvalidRequest(f"space {name} is filled by its encoder {encoder}; send the image or text instead")
+    vectors = {name: check_vector(vector, name, live) for name, vector in (memory.vectors or {}).items()}
     image: bytes | None = None
     kind: str | None = None
     warnings: tuple[str, ...] = ()
