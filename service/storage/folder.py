@@ -64,15 +64,16 @@ class DataFolder:
         with os_errors(f"The data folder {path} cannot be used"):
             make_folder(path)
             lock = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        folder = cls(path, lock)
         try:
             if not _acquire(lock, fcntl.LOCK_EX, wait_s=LOCK_WAIT_S):
                 owner = _read_record(lock)
+                who = f"process {owner.pid}" if owner.pid else "another process"
                 where = f" and serves at {owner.url}" if owner.url else ""
-                raise FolderInUse(f"The data folder {path} is in use: process {owner.pid} owns it{where}.")
-            folder = cls(path, lock)
+                raise FolderInUse(f"The data folder {path} is in use: {who} owns it{where}.")
             folder.announce(url)
         except BaseException:
-            os.close(lock)
+            folder._forget()
             raise
         return folder
 
