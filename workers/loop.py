@@ -23,6 +23,7 @@ from service.storage.jobs import Job
 
 log = structlog.get_logger()
 
+HOUSEKEEPING_S = 3600.0
 POLL_S = 1.0  # how late a job can start when its wake-up was missed
 
 
@@ -86,10 +87,34 @@ class Worker(threading.Thread):
             log.warning("a job's failure could not be written", job=job.id, detail=error.detail)
 
 
+class Housekeeper(threading.Thread):
+    """Tidies storage at the start and then hourly: what is removed has an hour's grace, so oftener would find
+    nothing.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(name="housekeeper", daemon=True)
+        self._engine = engine
+        self._stopping = threading.Event()
+
+    def run(self) -> None:
+        while True:
+            try:
+                self._engine.housekeep()
+            except EngramError as error:
+                log.warning("storage could not be tidied", detail=error.detail)
+            if self._stopping.wait(HOUSEKEEPING_S):
+                return
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+
 @contextmanager
 def running(engine: Engine) -> Iterator[None]:
-    """Workers for every kind of job the engine has, while the block runs."""
-    workers = [Worker(engine, kind, handler) for kind, handler in engine.handlers().items()]
+    """Workers for every kind of job the engine has, and the housekeeper, while the block runs."""
+    jobs = [Worker(engine, kind, handler) for kind, handler in engine.handlers().items()]
+    workers: list[Worker | Housekeeper] = [*jobs, Housekeeper(engine)]
     for worker in workers:
         worker.start()
     try:

@@ -110,7 +110,11 @@ RECALL_FORM = {"image": FILE, "mask": FILE, "text": {"type": "string"}, "vectors
     name: JSON_TEXT for name in RecallRequest.model_fields if name not in ("cue", "cues")
 }
 
-v1 = APIRouter(prefix="/v1", responses={"default": {"model": ProblemDetails, "description": "A problem (RFC 9457)"}})
+PROBLEM: dict[str, Any] = {
+    "description": "A problem (RFC 9457)",
+    "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/ProblemDetails"}}},
+}
+v1 = APIRouter(prefix="/v1", responses={"default": PROBLEM})
 
 
 # --- collections ------------------------------------------------------------------------------------------------------
@@ -256,7 +260,7 @@ async def livez() -> dict[str, str]:
     return {"status": "alive"}
 
 
-@system.get("/readyz", responses={503: {"model": ProblemDetails}})
+@system.get("/readyz", responses={503: PROBLEM})
 async def readyz(engine: Engine_, pool: Pool_) -> dict[str, str]:
     """Storage answers and every collection is loaded."""
     await pool.run(engine.check_ready)
@@ -294,9 +298,10 @@ bearer = HTTPBearer(auto_error=False, description="The server's ENGRAM_API_KEY, 
 async def _same_site(request: Request) -> None:
     """A page of another site can make a visitor's browser post to a server on loopback, where no key is asked for."""
     origin = request.headers.get("origin")
-    if request.method not in ("GET", "HEAD") and origin is not None:
-        if origin.partition("://")[2] != request.headers.get("host"):
-            raise CrossSite(f"this request comes from {origin}; send it from the server's own pages, or without Origin")
+    if request.method in ("GET", "HEAD") or origin is None:
+        return
+    if origin.partition("://")[2] != request.headers.get("host"):
+        raise CrossSite(f"this request comes from {origin}; send it from the server's own pages, or without Origin")
 
 
 def _authorizer(key: str) -> Callable[..., Awaitable[None]]:
@@ -311,7 +316,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
     """The OpenAPI document, with the bodies that routes read by themselves among its schemas."""
     document = FastAPI.openapi(app)
     template = "#/components/schemas/{model}"
-    models = (CollectionConfig, DeleteRequest, MemoryInput, RecallRequest, StoreRequest, TrainRequest)
+    models = (CollectionConfig, DeleteRequest, MemoryInput, ProblemDetails, RecallRequest, StoreRequest, TrainRequest)
     read = [(model, "validation") for model in models]
     _, definitions = models_json_schema(read, ref_template=template)  # type: ignore[arg-type]
     document["components"]["schemas"].update(definitions["$defs"])
@@ -320,7 +325,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
 
 def create_app(engine: Engine | None, *, api_key: str | None = None, body_bytes_max: int | None = None) -> FastAPI:
     """The application over an open engine (None only to generate the OpenAPI document)."""
-    app = FastAPI(title="Engram", version="1", description=DESCRIPTION, max_body_size=body_bytes_max)
+    app = FastAPI(title="Engram", version="1", description=DESCRIPTION)
     app.state.engine = engine
     app.state.pool = Pool()
     guards = [Depends(_same_site), *([] if api_key is None else [Depends(_authorizer(api_key))])]
@@ -330,6 +335,8 @@ def create_app(engine: Engine | None, *, api_key: str | None = None, body_bytes_
     problems.install(app)
     app.openapi = partial(_document, app)  # type: ignore[method-assign]
 
+    if body_bytes_max is not None:
+        app.add_middleware(bodies.BoundBodies, size_max=body_bytes_max)
     if engine is not None:
         app.add_middleware(CountRequests, metrics=engine.resources.metrics)
     return app

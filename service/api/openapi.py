@@ -1,4 +1,4 @@
-"""`python -m service.api.openapi` writes openapi/openapi.json: the contract as a file, so that a change of it is seen in review."""
+"""`python -m service.api.openapi` writes openapi/openapi.json, so that a change of the contract is seen in review."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from service.app.schemas import faults
-from service.errors import BodyTooLarge, EngramError, InvalidRequest, MalformedBody, NotFound
+from service.errors import EngramError, InvalidRequest, MalformedBody, NotFound
 
 log = structlog.get_logger()
 
@@ -51,8 +51,6 @@ def install(app: FastAPI) -> None:
     async def http_error(request: Request, error: HTTPException) -> Response:
         if error.status_code == 404:
             return as_response(NotFound(f"there is nothing at {request.url.path}"))
-        if error.status_code == 413:
-            return as_response(BodyTooLarge("send less at once"))
         translated = MalformedBody(str(error.detail)) if error.status_code == 400 else InvalidRequest(str(error.detail))
         response = as_response(translated)
         response.status_code = error.status_code

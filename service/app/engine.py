@@ -261,6 +261,11 @@ class Engine:
             CALIBRATE_JOB: partial(run_calibrate_job, self.resources),
         }
 
+    def housekeep(self) -> None:
+        """Remove originals that nothing names any more, and operations that ended a week ago."""
+        self.blobs.remove_unreferenced(self.repository.blob_hashes_in_use)
+        self.repository.remove_ended_jobs()
+
     def check_ready(self) -> None:
         """Raises `Unavailable` while storage does not answer."""
         self.repository.ping()

@@ -63,7 +63,8 @@ def _to_bytes(value: object) -> object:
 
 
 def _to_array(value: object) -> NDArray[np.float32]:
-    return np.asarray(value, dtype=np.float32)
+    with np.errstate(over="ignore"):  # what does not fit float32 becomes infinite and is refused as such
+        return np.asarray(value, dtype=np.float32)
 
 
 def _is_array(value: object) -> object:

@@ -9,6 +9,7 @@ Rules:
 from __future__ import annotations
 
 import base64
+import json
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -218,9 +219,12 @@ def _check(resources: Resources, live: LiveCollection, raw: object) -> _Item:
 
 def _json(payload: Mapping[str, Any]) -> bytes:
     try:
+        json.dumps(payload, allow_nan=False)  # orjson would write a NaN as null, and say nothing
         return orjson.dumps(payload)
-    except (orjson.JSONEncodeError, RecursionError):
-        raise InvalidRequest("the payload is not JSON (numbers of at most 64 bits, at most 254 levels)") from None
+    except (TypeError, ValueError, RecursionError):
+        raise InvalidRequest(
+            "the payload is not JSON with finite numbers of at most 64 bits, 254 levels deep"
+        ) from None
 
 
 def _job_item(position: int, item: _Item, blob_hash: str | None) -> NewItem:

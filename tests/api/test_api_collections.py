@@ -36,7 +36,8 @@ def problem(response: httpx.Response, status: int, code: str) -> str:
     body = response.json()
     assert body["code"] == code
     assert body["status"] == status
-    assert body["title"] and body["detail"]
+    assert body["title"]
+    assert body["detail"]
     assert "Traceback" not in response.text
     return str(body["detail"])
 

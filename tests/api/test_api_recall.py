@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -90,7 +91,7 @@ def test_a_noisy_cue_is_known_and_settles_on_its_memory(http: httpx.Client, vect
     assert recall["outcome"] == "converged"
     assert len(recall["energy"]) == recall["steps"] + 1
     whole = recall["energy"][1:]
-    assert all(later <= earlier + 1e-5 for earlier, later in zip(whole, whole[1:], strict=False))
+    assert all(later <= earlier + 1e-5 for earlier, later in pairwise(whole))
     assert result["gate"]["score"] > result["gate"]["threshold"]
     assert result["gate"]["modality"] == "v"
     assert result["gate"]["rejected_at"] is None
