@@ -249,6 +249,12 @@ async def get_operation(id: Annotated[str, Path(max_length=64)], engine: Engine_
     return await pool.run(engine.operation, id)
 
 
+@v1.delete("/operations/{id}", tags=["operations"])
+async def cancel_operation(id: Annotated[str, Path(max_length=64)], engine: Engine_, pool: Pool_) -> Operation:
+    """Cancel: what it has done so far is kept."""
+    return await pool.run(engine.cancel, id)
+
+
 # --- the server itself ------------------------------------------------------------------------------------------------
 
 system = APIRouter(tags=["system"])

@@ -265,9 +265,11 @@ def run_calibrate_job(resources: Resources, job: Job, beat: Callable[[float], No
     live.calibration_queued = False  # what is written from here on may ask for another
     rows = live.bank.view().count
     records = calibrate_collection(live, resources, beat)
+    dumped = {}
     for modality, record in records.items():
         packed = None if record.prototypes is None else base64.b64encode(record.prototypes).decode()
-        resources.repository.put_gate(live.id, modality, {**record.model_dump(mode="json"), "prototypes": packed})
+        dumped[modality] = {**record.model_dump(mode="json"), "prototypes": packed}
+    resources.repository.put_gates(live.id, dumped)
     live.set_records(records, rows)
     resources.calibrate_if_due(live)
     return {"modalities": [record.model_dump(mode="json") for record in records.values()]}

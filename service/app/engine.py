@@ -84,6 +84,7 @@ class Engine:
                 self.resources.add(collections.load(self.resources, row))
             self.repository.release_leases()
             for live in self.resources.lives.values():
+                live.calibration_queued = self.repository.has_pending(live.id, CALIBRATE_JOB)
                 self.resources.calibrate_if_due(live)
         except BaseException:
             self.folder.close()
@@ -243,6 +244,12 @@ class Engine:
 
     def operation(self, operation_id: str) -> Operation:
         return self._operation(self.repository.get_job(operation_id))
+
+    def cancel(self, operation_id: str) -> Operation:
+        """What it has done so far is kept. Raises `OperationNotFound`, and `Conflict` once it has ended."""
+        job = self.repository.cancel(operation_id)
+        self.resources.ended(operation_id)
+        return self._operation(job)
 
     def operations(self) -> OperationList:
         return OperationList(operations=[self._operation(job) for job in self.repository.list_jobs(limit=100)])

@@ -11,6 +11,7 @@ Rules:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -104,14 +105,19 @@ class Repository(Memories, Jobs):
 
         self._writer.submit(run)
 
-    def put_gate(self, collection_id: int, modality: str, record: dict[str, Any]) -> None:
-        """Keep the calibration record of a modality in place of any earlier one. Raises `CollectionNotFound`."""
+    def put_gates(self, collection_id: int, records: Mapping[str, dict[str, Any]]) -> None:
+        """Keep these calibration records by modality, in place of all earlier ones. Raises `CollectionNotFound`."""
+        now = datetime.now(UTC)
+        rows = [
+            {"collection_id": collection_id, "modality": modality, "record": record, "created_at": now}
+            for modality, record in records.items()
+        ]
 
         def run(connection: Connection) -> None:
-            row = {"collection_id": collection_id, "modality": modality}
-            connection.execute(delete(gates).filter_by(**row))
+            connection.execute(delete(gates).where(gates.c.collection_id == collection_id))
             try:
-                connection.execute(insert(gates).values(**row, record=record, created_at=datetime.now(UTC)))
+                if rows:
+                    connection.execute(insert(gates), rows)
             except IntegrityError:
                 raise CollectionNotFound("The collection was deleted.") from None
 
@@ -124,11 +130,6 @@ class Repository(Memories, Jobs):
         )
         with self._database.read() as connection:
             return {modality: Gate(record, created_at) for modality, record, created_at in connection.execute(query)}
-
-    def drop_gates(self, collection_id: int) -> None:
-        """Forget all calibration records of a collection."""
-        all_of_it = delete(gates).where(gates.c.collection_id == collection_id)
-        self._writer.submit(lambda connection: connection.execute(all_of_it))
 
 
 def _collections() -> Select[Any]:

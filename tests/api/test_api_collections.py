@@ -204,6 +204,19 @@ def test_without_waiting_the_work_is_an_operation(http: httpx.Client, make: Call
     assert body["operation_id"] in [o["id"] for o in http.get("/v1/operations").json()["operations"]]
     assert http.post(f"{address}/memories/count").json()["count"] == 59
     problem(http.get("/v1/operations/nobody"), 404, "operation_not_found")
+    problem(http.delete(operation), 409, "conflict")
+
+
+def test_an_operation_can_be_cancelled(http: httpx.Client, make: Callable[..., str]) -> None:
+    address = make(spaces={"image": {"encoder": "pixels"}})
+    memories = [{"id": str(i), "image": encoded(png((i % 256, i // 4, 3), size=96))} for i in range(1, 900)]
+    operation = http.post(f"{address}/store", json={"memories": memories, "wait": False}).json()["operation_id"]
+    cancelled = http.delete(f"/v1/operations/{operation}")
+    assert cancelled.status_code == 200
+    assert cancelled.json()["status"] == "cancelled"
+    count = http.post(f"{address}/memories/count").json()["count"]
+    assert count < 899
+    assert http.delete(f"/v1/operations/{operation}").json()["status"] == "cancelled"
 
 
 def test_the_server_tells_how_it_is(http: httpx.Client, make: Callable[..., str]) -> None:

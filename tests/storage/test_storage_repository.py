@@ -66,7 +66,7 @@ def test_delete_takes_everything_of_that_collection_alone(storage, collection):
     jobs = {}
     for each in (collection, other):
         repository.put_memories(each.id, [MemoryWrite("m", vectors={"image": vector(1, 2)})])
-        repository.put_gate(each.id, "image", {"threshold": 1})
+        repository.put_gates(each.id, {"image": {"threshold": 1}})
         jobs[each.name] = repository.enqueue("store", each.id, {})
     repository.delete_collection("c")
     with storage.database.read() as connection:
@@ -96,7 +96,7 @@ def test_writes_to_a_deleted_collection_are_refused(repository, collection):
     for write in (
         lambda: repository.put_memories(collection.id, [MemoryWrite("m")]),
         lambda: repository.delete_memories(collection.id, ["m"]),
-        lambda: repository.put_gate(collection.id, "image", {}),
+        lambda: repository.put_gates(collection.id, {"image": {}}),
         lambda: repository.enqueue("store", collection.id, {}),
         lambda: everything(repository, collection.id, []),
     ):
@@ -110,19 +110,19 @@ def test_writes_to_a_deleted_collection_are_refused(repository, collection):
 def test_gates_are_kept_per_modality_and_replaced(repository, collection):
     other = repository.create_collection("other", {})
     assert repository.get_gates(collection.id) == {}
-    repository.put_gate(other.id, "image", {"threshold": 9.5})
-    repository.put_gate(collection.id, "image", {"threshold": 1.5})
-    repository.put_gate(collection.id, "image+text", {"threshold": 2.5, "notes": ["ü"]})
+    repository.put_gates(other.id, {"image": {"threshold": 9.5}})
+    repository.put_gates(collection.id, {"image": {"threshold": 1.5}, "gone": {}})
     before = datetime.now(UTC)
-    repository.put_gate(collection.id, "image", {"threshold": 3.5})
+    records = {"image": {"threshold": 3.5}, "image+text": {"threshold": 2.5, "notes": ["ü"]}}
+    repository.put_gates(collection.id, records)
     gates = repository.get_gates(collection.id)
     assert {modality: gate.record for modality, gate in gates.items()} == {
         "image": {"threshold": 3.5},
         "image+text": {"threshold": 2.5, "notes": ["ü"]},
     }
     assert isinstance(gates["image"], Gate)
-    assert gates["image+text"].created_at <= before <= gates["image"].created_at
-    repository.drop_gates(collection.id)
+    assert before <= gates["image+text"].created_at == gates["image"].created_at
+    repository.put_gates(collection.id, {})
     assert repository.get_gates(collection.id) == {}
     assert list(repository.get_gates(other.id)) == ["image"]
 
