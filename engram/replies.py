@@ -171,7 +171,7 @@ class Memory(Reply):
     text: str | None
     payload: dict[str, Any] | None
     spaces: tuple[str, ...]
-    content: str | None
+    has_content: bool
     media_type: str | None
     created_at: str
     updated_at: str

@@ -142,8 +142,8 @@ def error_classes() -> dict[str, type[EngramError]]:
 
 
 def _path(*parts: str) -> str:
-    """`/v1/...`, each part escaped whole: an id may hold slashes, and they are its own."""
-    return "/v1/" + "/".join(quote(part, safe="") for part in parts)
+    """`/v1/...`, each part escaped whole: an id may hold slashes, or be `..`, and they are its own."""
+    return "/v1/" + "/".join(quote(part, safe="").replace(".", "%2E") for part in parts)
 
 
 def _parts(body: Body) -> tuple[Body, dict[str, bytes]]:

@@ -1,0 +1,95 @@
+"""Real servers on free ports and real folders; every test of the client runs over both transports."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+
+from engram import Client
+from service.storage.folder import read_owner
+
+
+def run_environ(**extra: str) -> dict[str, str]:
+    """The environment without any setting of Engram's own, so that a developer's do not leak in."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("ENGRAM_")}
+    return {**kept, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **extra}
+
+
+@contextmanager
+def serve_folder(folder: Path, **environ: str) -> Iterator[str]:
+    """A server process on `folder`, at the address it announced."""
+    command = [sys.executable, "-m", "engram", "serve", "--data", str(folder), "--port", "0"]
+    process = subprocess.Popen(command, env=run_environ(**environ), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        while (owner := read_owner(folder)) is None or owner.url is None or owner.pid != process.pid:
+            assert process.poll() is None, process.stdout.read().decode() if process.stdout else ""
+            time.sleep(0.05)
+        yield owner.url
+    finally:
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate()
+    assert "Traceback" not in output.decode()
+
+
+@pytest.fixture(scope="session")
+def serving() -> Callable[..., AbstractContextManager[str]]:
+    """`with serving(folder, **environ) as url`."""
+    return serve_folder
+
+
+@pytest.fixture(scope="session")
+def run_engram() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The `engram` command as a process; `environ` adds to its environment."""
+
+    def run(*arguments: object, cwd: Path | None = None, **environ: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "engram", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env=run_environ(**environ), cwd=cwd, check=False)
+        assert "Traceback" not in done.stdout + done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def served_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("served")
+
+
+@pytest.fixture(scope="session")
+def server_url(served_folder: Path) -> Iterator[str]:
+    with serve_folder(served_folder) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def http_client(server_url: str) -> Iterator[Client]:
+    with Client(server_url) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def local_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    with Client(path=tmp_path_factory.mktemp("local")) as client:
+        yield client
+
+
+@pytest.fixture(params=["http_client", "local_client"])
+def client(request: pytest.FixtureRequest) -> Client:
+    """One test body, both ways to the engine."""
+    found: Client = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+def new_name() -> Callable[[], str]:
+    """Names that no other test uses: the servers are shared."""
+    return lambda: f"c{uuid.uuid4().hex[:12]}"

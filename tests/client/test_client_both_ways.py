@@ -1,0 +1,280 @@
+"""The client, one body of tests over HTTP and in process."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from engram import Client, Collection, EngramError
+from engram.demo.data import digits, png
+from service.errors import (
+    CollectionExists,
+    CollectionNotFound,
+    ContentNotFound,
+    EmptyText,
+    InvalidImage,
+    InvalidRequest,
+    InvalidVector,
+    MemoryNotFound,
+    NotFound,
+    NothingObserved,
+    OperationNotFound,
+    UnknownEncoder,
+    UnknownSpace,
+    WrongDimension,
+)
+
+NewName = Callable[[], str]
+PIXELS = {"image": {"encoder": "pixels", "options": {"size": 16}}}
+
+
+def picture(seed: int, side: int = 24) -> NDArray[np.uint8]:
+    """A picture unlike that of any other seed."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(blocks).resize((side, side), Image.Resampling.BICUBIC))
+
+
+def with_pictures(client: Client, name: str, count: int = 6) -> Collection:
+    collection = client.create_collection(name, PIXELS)
+    reply = collection.store({"id": f"p{seed}", "image": picture(seed)} for seed in range(count))
+    assert [result.status for result in reply.results] == ["stored"] * count
+    return collection
+
+
+def test_a_collection_from_its_making_to_its_end(client: Client, new_name: NewName) -> None:
+    name = new_name()
+    collection = with_pictures(client, name)
+    assert name in [info.name for info in client.collections()]
+    info = collection.info()
+    assert (info.name, info.count, info.spaces["image"]["encoder"]) == (name, 6, "pixels")
+    assert collection.count() == 6
+    assert collection.delete(["p0", "never stored"]) == ["p0"]
+    assert collection.delete("p1") == ["p1"]
+    assert collection.count() == 4
+    client.delete_collection(name)
+    assert name not in [info.name for info in client.collections()]
+    with pytest.raises(CollectionNotFound):
+        collection.count()
+
+
+def test_an_image_may_be_a_path_bytes_a_pillow_image_or_an_array(
+    client: Client, new_name: NewName, tmp_path: Path
+) -> None:
+    collection = client.create_collection(new_name(), PIXELS)
+    data = png(picture(1))
+    file = tmp_path / "one.png"
+    file.write_bytes(data)
+    same: dict[str, object] = {
+        "path": file,
+        "text path": str(file),
+        "bytes": data,
+        "array": picture(1),
+        "pillow": Image.fromarray(picture(1)),
+    }
+    reply = collection.store({"id": memory_id, "image": image} for memory_id, image in same.items())
+    assert not reply.errors
+    for memory_id in same:
+        stored = np.asarray(Image.open(io.BytesIO(collection.content(memory_id))))
+        assert np.array_equal(stored, picture(1))
+    assert collection.content("path") == data
+
+
+def test_recall_of_a_whole_picture_from_its_left_half(client: Client, new_name: NewName) -> None:
+    collection = with_pictures(client, new_name())
+    hidden = np.zeros((24, 24), dtype=bool)
+    hidden[:, 12:] = True
+    cue = np.where(hidden[:, :, None], np.uint8(0), picture(3))
+    answer = collection.recall(image=cue, mask=hidden, limit=2, reconstruct=True, gate=False, trace=True)
+    assert answer.matches[0].id == "p3"
+    assert len(answer.matches) == 2
+    assert answer.recall is not None
+    assert len(answer.recall.energy) >= 2
+    assert answer.timings_ms["total"] > 0
+    recalled = answer.image()
+    assert recalled is not None
+    assert answer.trace is not None
+    expected = np.asarray(Image.fromarray(picture(3)).resize(recalled.size, Image.Resampling.BOX), dtype=float)
+    assert np.abs(np.asarray(recalled.convert("RGB"), dtype=float) - expected).mean() < 8
+
+
+def test_recall_by_vectors(client: Client, new_name: NewName) -> None:
+    collection = client.create_collection(new_name(), {"v": {"dimension": 8, "similarity": "cosine"}})
+    rows = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
+    memories = [{"id": str(i), "vectors": {"v": row}, "payload": {"row": i}} for i, row in enumerate(rows)]
+    assert collection.store(memories).version is not None
+    answer = collection.recall(vectors={"v": rows[2] + 0.01}, with_vectors=True)
+    assert answer.matches[0].id == "2"
+    assert answer.matches[0].payload == {"row": 2}
+    assert answer.matches[0].vectors is not None
+    np.testing.assert_allclose(answer.matches[0].vectors["v"], rows[2], rtol=1e-5)
+    with pytest.raises(WrongDimension):
+        collection.recall(vectors={"v": [1.0, 2.0]})
+    with pytest.raises(InvalidVector):
+        collection.recall(vectors={"v": np.zeros(8, dtype=np.float32)})
+    assert collection.get("2").media_type is None
+    with pytest.raises(ContentNotFound):
+        collection.content("2")
+
+
+def test_a_memory_that_lacks_a_space_is_recalled_by_the_others(client: Client, new_name: NewName) -> None:
+    collection = client.create_collection(new_name(), {"u": {"dimension": 16}, "v": {"dimension": 16}})
+    rows = np.random.default_rng(0).normal(size=(2, 6, 16)).astype(np.float32)
+    whole = [{"id": str(i), "vectors": {"u": rows[0, i], "v": rows[1, i]}} for i in range(1, 6)]
+    collection.store([{"id": "0", "vectors": {"u": rows[0, 0]}}, *whole])
+    for beta in (50, "auto"):
+        answers = collection.recall_batch(({"vectors": {"u": rows[0, i]}} for i in range(6)), beta=beta)
+        assert [answer.matches[0].id for answer in answers] == ["0", "1", "2", "3", "4", "5"]
+
+
+def test_a_batch_of_cues_answers_each_or_says_what_is_wrong_with_it(client: Client, new_name: NewName) -> None:
+    collection = with_pictures(client, new_name())
+    everything = np.ones((24, 24), dtype=bool)
+    cues: list[dict[str, Any]] = [
+        {"image": picture(4)},
+        {"image": picture(2), "mask": everything},
+        {"image": picture(5)},
+    ]
+    answers = collection.recall_batch(cues, limit=1)
+    assert [answer.matches[0].id for answer in answers if answer.error is None] == ["p4", "p5"]
+    assert answers[1].error is not None
+    assert answers[1].error.code == NothingObserved.code
+
+
+def test_a_bad_item_is_reported_and_the_rest_are_stored(client: Client, new_name: NewName, tmp_path: Path) -> None:
+    collection = client.create_collection(new_name(), PIXELS)
+    memories = [
+        {"id": "a", "image": picture(1)},
+        {"id": "gone", "image": tmp_path / "gone.png"},
+        {"id": "broken", "image": b"not a picture"},
+        {"id": "floats", "image": np.zeros((4, 4, 7))},
+        {"id": "odd", "image": picture(2), "colour": "red"},
+        {"id": "b", "image": picture(3)},
+    ]
+    reply = collection.store(memories)
+    assert [result.id for result in reply.results] == [memory["id"] for memory in memories]
+    assert [result.status for result in reply.results] == ["stored", "error", "error", "error", "error", "stored"]
+    codes = [result.error.code for result in reply.errors if result.error]
+    assert codes == [InvalidImage.code, InvalidImage.code, InvalidImage.code, InvalidRequest.code]
+    assert collection.count() == 2
+
+
+def test_many_memories_go_in_batches_and_an_id_stored_again_is_replaced(client: Client, new_name: NewName) -> None:
+    collection = client.create_collection(new_name(), PIXELS)
+    seen: list[int] = []
+    memories = ({"id": str(i % 20), "image": picture(i)} for i in range(25))
+    reply = collection.store(memories, batch=10, progress=seen.append)
+    assert seen == [10, 10, 5]
+    assert [result.status for result in reply.results] == ["stored"] * 20 + ["updated"] * 5
+    assert collection.count() == 20
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(collection.content("3")))), picture(23))
+
+
+def test_a_picture_of_megabytes_comes_back_byte_for_byte(client: Client, new_name: NewName) -> None:
+    collection = client.create_collection(new_name(), PIXELS)
+    noise = np.random.default_rng(0).integers(0, 256, (900, 900, 3), dtype=np.uint8)
+    data = png(noise)
+    assert len(data) > 2**21
+    memory = {"id": "big", "image": data, "text": "null", "payload": {"deep": [1, "ä"]}}
+    assert collection.store([memory, {"image": picture(1)}]).errors == ()
+    assert collection.content("big") == data
+    assert (collection.get("big").text, collection.get("big").payload) == ("null", {"deep": [1, "ä"]})
+    hidden = np.zeros((900, 900), dtype=bool)
+    hidden[:300] = True
+    answer = collection.recall(image=data, mask=hidden, limit=1, separation="sparsemax", reconstruct=True)
+    assert answer.matches[0].id == "big"
+
+
+@pytest.mark.parametrize("memory_id", ["a/b.png", "ünïcode 日本", "50%", "?q=1#x", "a//b", "..", "."])
+def test_an_id_is_kept_to_the_letter(client: Client, new_name: NewName, memory_id: str) -> None:
+    collection = client.create_collection(new_name(), PIXELS)
+    assert collection.store([{"id": memory_id, "image": picture(1)}]).results[0].id == memory_id
+    assert collection.get(memory_id).id == memory_id
+    assert collection.content(memory_id)
+    assert collection.recall(image=picture(1)).matches[0].id == memory_id
+    assert collection.delete(memory_id) == [memory_id]
+
+
+def test_a_store_that_does_not_wait_names_its_operation(client: Client, new_name: NewName) -> None:
+    collection = client.create_collection(new_name(), PIXELS)
+    reply = collection.store([{"id": "a", "image": picture(1)}], wait=False)
+    assert len(reply.operations) == 1
+    while (operation := client.operation(reply.operations[0])).status in ("queued", "running"):
+        time.sleep(0.02)
+    assert (operation.status, operation.collection, operation.progress) == ("done", collection.name, 1.0)
+    assert collection.count() == 1
+
+
+def test_calibration_accepts_noisy_digits_and_refuses_what_is_no_digit(client: Client, new_name: NewName) -> None:
+    spaces = {"image": {"encoder": "pixels", "options": {"size": 8, "colour": False}}}
+    noise = {"kind": "noise", "sigma": 0.1}
+    collection = client.create_collection(new_name(), spaces, corruptions=[noise])
+    stored = digits()[:200]
+    assert collection.recall(image=stored[0][1]).verdict == "uncalibrated"
+    collection.store({"id": name, "image": image} for name, image, _ in stored)
+    info = collection.wait_until_calibrated()
+    assert info.calibration.state == "current"
+    [record] = info.calibration.modalities
+    assert (record.modality, record.rows, record.refused) == ("image", 200, None)
+    answers = collection.recall_batch({"image": image} for _, image, _ in stored)
+    assert [answer.matches[0].id for answer in answers] == [name for name, _, _ in stored]
+    assert sum(answer.verdict in ("known", "ambiguous") for answer in answers) >= 190
+    static = np.random.default_rng(5).integers(0, 256, (20, 8, 8), dtype=np.uint8)
+    assert [answer.verdict for answer in collection.recall_batch({"image": s} for s in static)] == ["unknown"] * 20
+
+
+REFUSALS: dict[str, tuple[type[EngramError], Callable[[Client, Collection], object]]] = {
+    "a second collection of one name": (CollectionExists, lambda cl, c: cl.create_collection(c.name)),
+    "a name with a space": (InvalidRequest, lambda cl, c: cl.create_collection("a name")),
+    "an unknown encoder": (UnknownEncoder, lambda cl, c: cl.create_collection("x", {"s": {"encoder": "oracle"}})),
+    "an unknown setting": (InvalidRequest, lambda cl, c: cl.create_collection("x", shards=3)),
+    "no such collection": (CollectionNotFound, lambda cl, c: cl.collection("none").recall(image=picture(1))),
+    "no such collection to delete": (CollectionNotFound, lambda cl, c: cl.delete_collection("none")),
+    "no such memory": (MemoryNotFound, lambda cl, c: c.get("none")),
+    "no such content": (MemoryNotFound, lambda cl, c: c.content("none")),
+    "no such operation": (OperationNotFound, lambda cl, c: cl.operation("none")),
+    "an empty cue": (NothingObserved, lambda cl, c: c.recall()),
+    "an empty text": (EmptyText, lambda cl, c: c.recall(text=" ")),
+    "a cue that is no picture": (InvalidImage, lambda cl, c: c.recall(image=b"no picture")),
+    "a mask without a picture": (InvalidRequest, lambda cl, c: c.recall(mask=picture(1))),
+    "a limit of 0": (InvalidRequest, lambda cl, c: c.recall(image=picture(1), limit=0)),
+    "a limit of 1001": (InvalidRequest, lambda cl, c: c.recall(image=picture(1), limit=1001)),
+    "a β of 0": (InvalidRequest, lambda cl, c: c.recall(image=picture(1), beta=0)),
+    "a misspelt option": (InvalidRequest, lambda cl, c: c.recall(image=picture(1), limits=3)),
+    "a space that is not there": (UnknownSpace, lambda cl, c: c.recall(image=picture(1), spaces={"text": 1})),
+    "a batch of nothing": (InvalidRequest, lambda cl, c: c.store([{"id": "a"}], batch=0)),
+}
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_a_refusal_is_the_same_error_both_ways(
+    what: str, http_client: Client, local_client: Client, new_name: NewName
+) -> None:
+    expected, call = REFUSALS[what]
+    name = new_name()
+    told = []
+    for client in (http_client, local_client):
+        collection = client.create_collection(name, PIXELS)
+        with pytest.raises(EngramError) as raised:
+            call(client, collection)
+        assert type(raised.value) is expected
+        told.append(raised.value.detail)
+    if what != "a name with a space":  # HTTP names the part of the address, in process there is none
+        assert told[0] == told[1]
+
+
+def test_the_end_of_an_engine_in_process_frees_its_folder(tmp_path: Path) -> None:
+    with Client(path=tmp_path / "m") as client:
+        with_pictures(client, "kept", 2)
+    with Client(path=tmp_path / "m") as client:
+        collection = client.collection("kept")
+        assert collection.count() == 2
+        assert collection.recall(image=picture(1)).matches[0].id == "p1"
+    with pytest.raises(NotFound):
+        Client(path=tmp_path / "n").collection("kept").count()
