@@ -33,7 +33,7 @@ from service.storage.folder import read_owner
 if TYPE_CHECKING:
     from service.app.engine import Engine
 
-COLOURS = {"known": "green", "ambiguous": "yellow", "unknown": "cyan", "uncalibrated": "magenta"}
+COLOURS: dict[str | None, str] = {"known": "green", "ambiguous": "yellow", "unknown": "cyan", "uncalibrated": "magenta"}
 ERRORS_SHOWN_MAX = 50  # rows of a table that a person reads; the count says how many there are
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")

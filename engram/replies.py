@@ -137,7 +137,7 @@ class Drawing(Reply):
 
 @dataclass(frozen=True)
 class Recall(Reply):
-    """`verdict` is known | ambiguous | unknown | uncalibrated; `error` says why one cue of a batch was refused."""
+    """`verdict` is known | ambiguous | unknown | uncalibrated; None with an `error`, which only a cue of a batch has."""
 
     PARTS: ClassVar[Parts] = {
         "matches": Match,
@@ -148,7 +148,7 @@ class Recall(Reply):
         "error": Problem,
     }
 
-    verdict: str
+    verdict: str | None
     matches: tuple[Match, ...]
     recall: Dynamics | None
     gate: Gate | None

@@ -13,7 +13,7 @@ from rich.text import Text
 from engram.demo.cues import Cue, Trial
 from engram.replies import CollectionInfo, Recall
 
-COLOURS = {"known": "green", "ambiguous": "yellow", "unknown": "cyan", "uncalibrated": "magenta"}
+COLOURS: dict[str | None, str] = {"known": "green", "ambiguous": "yellow", "unknown": "cyan", "uncalibrated": "magenta"}
 ACCEPTED = ("known", "ambiguous")
 
 

@@ -54,7 +54,7 @@ def run(output: Path, data: Path, port: int, exit_at_once: bool) -> None:
     console = Console()
     signal.signal(signal.SIGTERM, _stop)
     output.mkdir(parents=True, exist_ok=True)
-    with _server(console, data, port, output / "server.log") as url, Client(url, timeout_s=WAIT_S) as client:
+    with _server(console, data, port, output / "server.log") as (url, ours), Client(url, timeout_s=WAIT_S) as client:
         calibrations = _fill(console, client)
         groups = _show(console, client)
         tallies = _count(console, client)
@@ -65,11 +65,13 @@ def run(output: Path, data: Path, port: int, exit_at_once: bool) -> None:
         console.print(f"\nContact sheet: [bold]{sheet.resolve()}[/]", soft_wrap=True)
         if exit_at_once:
             return
-        console.print("\nThe server stays up; Ctrl-C stops it. Try next:\n")
+        console.print("\nThe server stays up. Try next:\n")
         for line in curl_lines(url):
             console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
-        while True:
-            time.sleep(3600)
+        if ours:
+            console.print("\nCtrl-C stops it.")
+            while True:
+                time.sleep(3600)
 
 
 def _stop(signum: int, frame: object) -> None:
@@ -77,12 +79,12 @@ def _stop(signum: int, frame: object) -> None:
 
 
 @contextmanager
-def _server(console: Console, data: Path, port: int, log: Path) -> Iterator[str]:
-    """The URL of a server on the data folder: its owner, or else one that is started here and stopped at the end."""
+def _server(console: Console, data: Path, port: int, log: Path) -> Iterator[tuple[str, bool]]:
+    """The URL of a server on the data folder: its owner's; or (ours: True) one started here and stopped at the end."""
     owner = read_owner(data)
     if owner is not None and owner.url is not None:
         console.print(f"A server (pid {owner.pid}) has {data} open already at {owner.url}: using it.")
-        yield owner.url
+        yield owner.url, False
         return
     command = [sys.executable, "-m", "engram", "serve", "--data", str(data), "--host", "127.0.0.1", "--port", str(port)]
     # The demo decides its server's settings; a key or a bound meant for another server would break it.
@@ -95,7 +97,7 @@ def _server(console: Console, data: Path, port: int, log: Path) -> Iterator[str]
         with console.status("Starting the server (the first time takes some seconds)"):
             url = _wait_until_ready(process, data, log)
         console.print(f"Server up at [bold]{url}[/] (pid {process.pid}), memories in {data}, log in {log}")
-        yield url
+        yield url, True
     finally:
         console.print("Stopping the server.")
         process.terminate()
@@ -184,6 +186,9 @@ def _count(console: Console, client: Client) -> list[Tally]:
                 batch = trial.cues[start : start + RECALL_BATCH]
                 recalls += collection.recall_batch((cue.body() for cue in batch), limit=1)
                 progress.advance(task, len(batch))
+            for recall in recalls:
+                if recall.error is not None:
+                    raise Unavailable(f"a cue of the kind {trial.kind} was refused: {recall.error.detail}")
             tallies.append(tally(trial, recalls))
     print_tallies(console, tallies)
     for line in summary(tallies):

@@ -29,7 +29,12 @@ CARD_HEIGHT = 2 * PADDING + 30 + TILE
 MATCHES = 3
 
 PAPER, CARD, INK, MUTED, LINE, TILE_BACK = "#f4f2ee", "#ffffff", "#1d2129", "#737985", "#e2dfd8", "#eceae5"
-VERDICTS = {"known": "#1f7a4d", "ambiguous": "#b26a00", "unknown": "#5b6472", "uncalibrated": "#8a3ab9"}
+VERDICTS: dict[str | None, str] = {
+    "known": "#1f7a4d",
+    "ambiguous": "#b26a00",
+    "unknown": "#5b6472",
+    "uncalibrated": "#8a3ab9",
+}
 WRONG = "#c0392b"
 
 
@@ -158,7 +163,7 @@ def _answer_tile(sheet: Sheet, x: float, y: float, recall: Recall) -> None:
 
 def _verdict(sheet: Sheet, x: float, y: float, shown: Shown) -> None:
     recall = shown.recall
-    words = recall.verdict.upper()
+    words = str(recall.verdict).upper()
     width = sheet.width(words, 13) + 22
     sheet.box(x, y, width, 24, VERDICTS[recall.verdict], 12)
     sheet.text(x + width / 2, y + 12.5, words, 13, "#ffffff", anchor="mm")
