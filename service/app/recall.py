@@ -45,7 +45,7 @@ from service.errors import NotDecodable, UnknownSpace
 AMBIGUOUS_LOG_ODDS = math.log(3.0)  # step-0 odds of the first two under 3:1 (design: verdicts)
 AMBIGUOUS_WEIGHT = 0.75  # settled weight of the first under this
 SCORE_ERROR = 1e-6  # float32 rounding of a cosine over some thousand values
-VALUES_MAX = 64 * 2**20  # values of the patterns (or, dense, of the weights) that one batch gathers: 256 MB in float32
+VALUES_MAX = 4 * 2**20  # values (16 MB) that one batch gathers: beyond the cache, and what malloc gives back, it is only slower
 
 
 @dataclass(frozen=True)

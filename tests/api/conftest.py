@@ -47,12 +47,13 @@ Serve = Callable[..., "contextmanager[Server]"]
 
 
 @contextmanager
-def serving(data: Path, **environment: str) -> Iterator[Server]:
+def serving(data: Path, cwd: Path | None = None, **environment: str) -> Iterator[Server]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("ENGRAM_")}
     process = subprocess.Popen(
         [sys.executable, "-m", "engram", "serve", "--data", str(data), "--port", "0"],
         env={**clean, **environment},
         stdout=subprocess.DEVNULL,
+        cwd=cwd,
     )
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
