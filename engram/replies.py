@@ -137,7 +137,7 @@ class Drawing(Reply):
 
 @dataclass(frozen=True)
 class Recall(Reply):
-    """`verdict` is known | ambiguous | unknown | uncalibrated; None with an `error`, which only a cue of a batch has."""
+    """`verdict` is known | ambiguous | unknown | uncalibrated; None with an `error`, which only a batch has."""
 
     PARTS: ClassVar[Parts] = {
         "matches": Match,
