@@ -70,6 +70,21 @@ def test_without_a_sparse_certificate_a_row_tied_with_the_last_takes_part(
     assert torch.equal(certified, separate(kind, beta * tied)[:, -1] == 0)
 
 
+def test_score_errors_count_against_both_sides() -> None:
+    """The worst case is attained: rows inside truly score less than computed, rows outside more."""
+    beta, error, inside, total = 3.0, 0.1, 4, 10
+    true = torch.tensor([[1.0 - error] * inside + [1.0 + error] * (total - inside)], dtype=torch.float64)
+    mass, _ = softmax_bound(torch.ones(1, inside, dtype=torch.float64), total, beta, 1.0, score_error=error)
+    assert mass.item() == pytest.approx(torch.softmax(beta * true, -1)[0, inside:].sum().item())
+
+    computed = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    true = torch.tensor([[0.9, 0.0, 0.1]], dtype=torch.float64)
+    for beta, reaches_outside in ((1.2, True), (1.3, False)):
+        assert bool(separate("sparsemax", beta * true)[0, 2] > 0) == reaches_outside
+        assert sparse_exact("sparsemax", computed, beta, 3, score_error=error).item() != reaches_outside
+        assert sparse_exact("sparsemax", computed, beta, 3).item()
+
+
 def test_padding_counts_as_no_row() -> None:
     padded = torch.tensor([[3.0, 1.0, -torch.inf]])
     mass, _ = softmax_bound(padded, 2, 1.0, 1.0)

@@ -203,6 +203,11 @@ def test_prototypes_find_clusters_over_several_chunks() -> None:
     assert torch.cdist(middles, centres).amin(-1).amax() < 0.1
 
 
+def test_a_prototype_that_loses_its_rows_stays() -> None:
+    """Equal patterns all go to the first of equal centres."""
+    assert torch.equal(prototypes(torch.ones(5, 2), 3, 0), torch.ones(3, 2))
+
+
 @pytest.mark.parametrize("count", [0, 4])
 def test_prototypes_are_not_more_than_the_patterns(count: int) -> None:
     with pytest.raises(InvalidRequest, match=f"3 stored patterns, not {count}"):

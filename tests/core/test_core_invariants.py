@@ -285,6 +285,63 @@ def test_output_is_finite_and_arguments_are_kept(
     assert torch.equal(observed, net.observed)
 
 
+@given(nets(dtype=torch.float64, narrowest=2), separations, st.floats(0.05, 1.0))
+def test_each_step_is_the_formula(make: Callable[[], Net], separation: str, step_size: float) -> None:
+    """x + step_size (Ξᵀp - x), p on the observed blocks at first and on the whole state afterwards."""
+    net = make()
+    beta = min(net.beta, 10.0)
+    result = retrieve(
+        net.blocks,
+        net.stored,
+        net.cues,
+        beta=beta,
+        separation=separation,
+        observed=net.observed,
+        step_size=step_size,
+        update_steps_eps=0.0,
+        trace=True,
+    )
+    for t, (x, moved) in enumerate(pairwise(result.states.unbind(0))):
+        p = separate(separation, beta * scores(net.blocks, net.stored, x, net.observed if t == 0 else None))
+        want = x + step_size * (p @ net.stored - x)
+        still = (result.steps <= t).unsqueeze(-1)
+        torch.testing.assert_close(moved, torch.where(still, x, want), rtol=1e-7, atol=1e-7)
+    last = separate(separation, beta * scores(net.blocks, net.stored, result.state))
+    torch.testing.assert_close(result.weights, last, rtol=0, atol=1e-7)
+
+
+@given(seeds, st.sampled_from(("dot", "neg_l2")), separations, st.sampled_from((1e-4, 1e-2, 1e2, 1e4)))
+def test_the_scale_of_the_patterns_does_not_matter(
+    seed: int, similarity: Similarity, separation: str, scale: float
+) -> None:
+    """Patterns and cue times c, β over c²: the same steps to the same place."""
+    net = make_net(seed, similarity)
+    settings = {"separation": separation, "update_steps_max": 20}
+    one = retrieve(net.blocks, net.stored, net.cues, beta=2.0, **settings)
+    other = retrieve(net.blocks, net.stored * scale, net.cues * scale, beta=2.0 / scale**2, **settings)
+    assert torch.equal(one.steps, other.steps)
+    assert torch.equal(one.outcome, other.outcome)
+    torch.testing.assert_close(other.state / scale, one.state, rtol=1e-7, atol=1e-9)
+
+
+@given(nets(("plain", "duplicates", "single"), dtype=torch.float64), separations)
+def test_energy_is_the_formula(make: Callable[[], Net], separation: str) -> None:
+    """½ K(x, x) - (1/β) [⟨p, βs⟩ - Ω(p)], with Ω written out."""
+    net = make()
+    found = scores(net.blocks, net.stored, net.cues)
+    p = separate(separation, found * net.beta)
+    omega = {
+        "softmax": torch.special.xlogy(p, p).sum(-1),
+        "sparsemax": (p.pow(2).sum(-1) - 1) / 2,
+        "entmax15": (p.pow(1.5).sum(-1) - 1) / 0.75,
+        "max": torch.zeros(4),
+    }[separation]
+    own = {"cosine": torch.ones(4), "dot": net.cues.square().sum(-1), "neg_l2": torch.zeros(4)}[net.blocks.similarity]
+    want = own / 2 - ((p * net.beta * found).sum(-1) - omega) / net.beta
+    got = energy(net.blocks, net.cues, found, p, net.beta, separation)
+    torch.testing.assert_close(got, want.double(), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 def test_scores_are_the_formula(similarity: Similarity) -> None:
     net = make_net(3, similarity, widths=(4, 3, 2), content="zero blocks")
