@@ -108,6 +108,12 @@ def test_mass_bounds_hold_the_mass(seed: int, rows: int, k: int, beta: float) ->
         assert torch.equal(low, high)
 
 
+def test_the_upper_mass_bound_is_attained_when_the_rows_outside_tie_with_the_last() -> None:
+    low, high = mass_bounds(torch.tensor([[2.0, 2.0]]), 10, 3.0)
+    assert low.item() == pytest.approx(6.0 + math.log(2))
+    assert high.item() == pytest.approx(6.0 + math.log(10))
+
+
 def test_mass_bounds_ignore_padding() -> None:
     full = torch.tensor([[2.0, 1.0]])
     padded = torch.tensor([[2.0, 1.0, -torch.inf]])

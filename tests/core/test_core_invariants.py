@@ -305,9 +305,13 @@ def test_each_step_is_the_formula(make: Callable[[], Net], separation: str, step
         p = separate(separation, beta * scores(net.blocks, net.stored, x, net.observed if t == 0 else None))
         want = x + step_size * (p @ net.stored - x)
         still = (result.steps <= t).unsqueeze(-1)
+        torch.testing.assert_close(
+            torch.where(still, 0.0, result.step_weights[t]), torch.where(still, 0.0, p), rtol=0, atol=1e-7
+        )
         torch.testing.assert_close(moved, torch.where(still, x, want), rtol=1e-7, atol=1e-7)
     last = separate(separation, beta * scores(net.blocks, net.stored, result.state))
     torch.testing.assert_close(result.weights, last, rtol=0, atol=1e-7)
+    assert torch.equal(result.step_weights[-1], result.weights)
 
 
 @given(seeds, st.sampled_from(("dot", "neg_l2")), separations, st.sampled_from((1e-4, 1e-2, 1e2, 1e4)))
