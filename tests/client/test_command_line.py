@@ -69,7 +69,8 @@ def test_store_and_recall_in_a_folder_and_then_through_its_server(
         )
         assert by_half.returncode == 0
         assert first_match(by_half.stdout) == "flower.jpg"
-        assert Image.open(saved).format == "PNG"
+        with Image.open(saved) as recalled:
+            assert recalled.format == "PNG"
 
 
 def first_match(output: str) -> str:
