@@ -49,7 +49,7 @@ class LocalTransport:
         return _body(self._engine.store(name, validate(StoreRequest, request)))
 
     def recall(self, name: str, request: Body) -> Body:
-        return _body(self._engine.recall(name, validate(RecallRequest, request)))
+        return dict(self._engine.recall(name, validate(RecallRequest, request)))
 
     def get_memory(self, name: str, memory_id: str) -> Body:
         return _body(self._engine.memory(name, memory_id))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterable, Mapping
+from functools import cache
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -29,6 +31,17 @@ class Metrics:
         self.memories = Gauge("engram_memories", "Memories in the bank", ["collection"], registry=self.registry)
         self.jobs = Counter("engram_jobs", "Background jobs ended", ["kind", "status"], registry=self.registry)
         self.requests = Counter("engram_http_requests", "HTTP requests", ["method", "status"], registry=self.registry)
+
+    def recalled(self, collection: str, spent_s: Mapping[str, float], verdicts: Iterable[str | None]) -> None:
+        """Count a batch's cues by verdict, and its time by stage."""
+        for stage, seconds in spent_s.items():
+            self._stage(stage).observe(seconds)
+        for verdict in verdicts:
+            self.recalls.labels(collection, verdict or "error").inc()
+
+    @cache  # noqa: B019 - as many entries as there are stages, and the object lives as long as the process
+    def _stage(self, stage: str) -> Histogram:
+        return self.recall_seconds.labels(stage)
 
 
 def configure_logging(level: int = logging.INFO) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,7 +24,8 @@ from service.storage.jobs import Job
 
 log = structlog.get_logger()
 
-HOUSEKEEPING_S = 3600.0
+SEAL_POLL_S = 1.0
+HOUSEKEEPING_S = 3600.0  # what is removed has an hour's grace, so oftener would find nothing
 POLL_S = 1.0  # how late a job can start when its wake-up was missed
 
 
@@ -88,9 +90,7 @@ class Worker(threading.Thread):
 
 
 class Housekeeper(threading.Thread):
-    """Tidies storage at the start and then hourly: what is removed has an hour's grace, so oftener would find
-    nothing.
-    """
+    """Looks each second whether a bank should be sealed, and each hour after what storage no longer needs."""
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(name="housekeeper", daemon=True)
@@ -98,13 +98,15 @@ class Housekeeper(threading.Thread):
         self._stopping = threading.Event()
 
     def run(self) -> None:
-        while True:
-            try:
-                self._engine.housekeep()
-            except EngramError as error:
-                log.warning("storage could not be tidied", detail=error.detail)
-            if self._stopping.wait(HOUSEKEEPING_S):
-                return
+        tidy_at = 0.0
+        while not self._stopping.wait(SEAL_POLL_S):
+            self._engine.seal()
+            if (now := time.monotonic()) >= tidy_at:
+                tidy_at = now + HOUSEKEEPING_S
+                try:
+                    self._engine.housekeep()
+                except EngramError as error:
+                    log.warning("storage could not be tidied", detail=error.detail)
 
     def stop(self) -> None:
         self._stopping.set()

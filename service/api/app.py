@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Annotated, Any, ParamSpec, TypeVar
 
+import orjson
 from fastapi import APIRouter, Depends, FastAPI, Path, Request, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -73,12 +74,13 @@ class Pool:
             self._pending -= 1
 
 
-def _engine(request: Request) -> Engine:
+# Coroutines, though they await nothing: a plain function would be sent to a thread for every request.
+async def _engine(request: Request) -> Engine:
     engine: Engine = request.app.state.engine
     return engine
 
 
-def _pool(request: Request) -> Pool:
+async def _pool(request: Request) -> Pool:
     pool: Pool = request.app.state.pool
     return pool
 
@@ -194,7 +196,7 @@ async def recall(collection: CollectionName, request: Request, engine: Engine_, 
         recalled = await asyncio.wrap_future(engine.submit(prepared))
     else:
         recalled = await pool.run(engine.recall_batch, prepared)
-    return _json(engine.recall_reply(prepared, recalled))
+    return Response(orjson.dumps(engine.recall_reply(prepared, recalled)), media_type="application/json")
 
 
 # --- memories ---------------------------------------------------------------------------------------------------------

@@ -11,14 +11,14 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from service.app import collections
 from service.app.batching import MicroBatcher
 from service.app.calibrate import run_calibrate_job
 from service.app.cues import CueBlocks, encode_cues, read_parts
 from service.app.live import LiveCollection
-from service.app.recall import Recalled, Resolved, recall_blocks, resolve
+from service.app.recall import Recalled, Resolved, empty_result, recall_blocks, resolve
 from service.app.resources import CALIBRATE_JOB, Resources
 from service.app.schemas import (
     CollectionConfig,
@@ -33,7 +33,6 @@ from service.app.schemas import (
     Problem,
     RecallReply,
     RecallRequest,
-    RecallResult,
     StoreReply,
     StoreRequest,
     Timings,
@@ -52,6 +51,7 @@ from service.storage.writer import Writer
 
 Handler = Callable[[Job, Callable[[float], None]], dict[str, Any]]
 
+STAGES = tuple(Timings.__annotations__)
 RECALL_BATCH_MAX = 256  # cues of one micro-batch
 RECALL_QUEUE_MAX = 4_096  # cues waiting: at some thousand recalls a second, about a second's worth
 
@@ -177,20 +177,18 @@ class Engine:
         recalled = recall_blocks(prepared.live, good, prepared.options)
         answered = iter(recalled.results)
         results = [
-            next(answered) if isinstance(cue, CueBlocks) else RecallResult.failed(cue.code, cue.detail)
+            next(answered)
+            if isinstance(cue, CueBlocks)
+            else empty_result(None, error={"code": cue.code, "detail": cue.detail})
             for cue in prepared.cues
         ]
         return Recalled(recalled.version, results, recalled.stages)
 
     def recall_reply(self, prepared: PreparedRecall, recalled: Recalled) -> RecallReply:
-        seconds = {**recalled.stages, "encode": prepared.encode_s, "total": time.perf_counter() - prepared.started}
-        metrics = self.resources.metrics
-        for stage, spent in seconds.items():
-            metrics.recall_seconds.labels(stage).observe(spent)
-        for result in recalled.results:
-            metrics.recalls.labels(prepared.live.name, result.verdict or "error").inc()
-        timings = Timings(**{stage: round(1000 * spent, 3) for stage, spent in seconds.items()})
-        return RecallReply(version=recalled.version, results=recalled.results, timings_ms=timings)
+        spent = {**recalled.stages, "encode": prepared.encode_s, "total": time.perf_counter() - prepared.started}
+        self.resources.metrics.recalled(prepared.live.name, spent, (result["verdict"] for result in recalled.results))
+        timings = {stage: round(1000 * spent.get(stage, 0.0), 3) for stage in STAGES}
+        return {"version": recalled.version, "results": recalled.results, "timings_ms": cast(Timings, timings)}
 
     def recall(self, name: str, request: RecallRequest) -> RecallReply:
         prepared = self.prepare(name, request)
@@ -267,6 +265,11 @@ class Engine:
             STORE_JOB: partial(run_store_job, self.resources),
             CALIBRATE_JOB: partial(run_calibrate_job, self.resources),
         }
+
+    def seal(self) -> None:
+        """Start sealing wherever it is due; it goes on in the background."""
+        for live in list(self.resources.lives.values()):
+            self.resources.seal_if_due(live)
 
     def housekeep(self) -> None:
         """Remove originals that nothing names any more, and operations that ended a week ago."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,9 +26,8 @@ from service.app.cues import CueBlocks, stack, whole_state
 from service.app.live import LiveCollection
 from service.app.schemas import (
     Drawing,
-    Dynamics,
-    GateReply,
     Match,
+    ProblemDict,
     RecallOptions,
     RecallResult,
     Verdict,
@@ -44,8 +44,11 @@ from service.errors import NotDecodable, UnknownSpace
 
 AMBIGUOUS_LOG_ODDS = math.log(3.0)  # step-0 odds of the first two under 3:1 (design: verdicts)
 AMBIGUOUS_WEIGHT = 0.75  # settled weight of the first under this
+OUTCOMES = {int(outcome): outcome.name.lower() for outcome in Outcome}
 SCORE_ERROR = 1e-6  # float32 rounding of a cosine over some thousand values
-VALUES_MAX = 4 * 2**20  # values (16 MB) that one batch gathers: beyond the cache, and what malloc gives back, it is only slower
+VALUES_MAX = (
+    4 * 2**20
+)  # values (16 MB) that one batch gathers: beyond the cache, and what malloc gives back, it is only slower
 
 
 @dataclass(frozen=True)
@@ -161,10 +164,7 @@ class _Recall:
 
     def results(self) -> list[RecallResult]:
         if self.view.count == 0:
-            return [
-                RecallResult(verdict="uncalibrated", matches=[], recall=None, gate=None, warnings=cue.warnings)
-                for cue in self.cues
-            ]
+            return [empty_result("uncalibrated", warnings=cue.warnings) for cue in self.cues]
         self.cue = stack(self.cues)
         self.state, self.observed = whole_state(self.live, self.cue)
         self._search()
@@ -175,11 +175,11 @@ class _Recall:
         self._certify()
         self.watch.lap("dynamics")
         self._judge()
-        drawings, traces = self._draw()
-        self.watch.lap("decode")
         results = self._replies()
-        for result, drawing, trace in zip(results, drawings, traces, strict=True):
-            result.reconstruction, result.trace = drawing, trace
+        self.watch.lap("reply")
+        if self.options.reconstruct or self.options.trace:
+            self._draw(results)
+            self.watch.lap("decode")
         return results
 
     def _search(self) -> None:
@@ -276,31 +276,26 @@ class _Recall:
             for mass, doubt in zip(self.mass, unsure.tolist(), strict=True)
         ]
 
-    def _draw(self) -> tuple[list[Drawing | None], list[list[Drawing] | None]]:
+    def _draw(self, results: list[RecallResult]) -> None:
         """Decode what was recalled: raw patterns under the settled weights. An unknown cue has no reconstruction."""
-        batch = len(self.cues)
-        drawings: list[Drawing | None] = [None] * batch
-        traces: list[list[Drawing] | None] = [None] * batch
-        if self.live.decoder is None:
-            return drawings, traces
         if self.options.reconstruct:
             drawn = [i for i, verdict in enumerate(self.verdicts) if verdict != "unknown"]
             for i, drawing in zip(drawn, self._decode(self.found.rows[drawn], self.weights[drawn]), strict=True):
-                drawings[i] = drawing
+                results[i]["reconstruction"] = drawing
         if self.settled.step_weights is not None:
             for i, steps in enumerate(self.settled.steps.tolist()):
                 weights = self.settled.step_weights[: steps + 1, i]
                 if self.order is not None:
                     weights = weights[:, self.order[i]]
-                traces[i] = self._decode(self.found.rows[i].expand(steps + 1, -1), weights)
-        return drawings, traces
+                results[i]["trace"] = self._decode(self.found.rows[i].expand(steps + 1, -1), weights)
 
     def _decode(self, rows: Tensor, weights: Tensor) -> list[Drawing]:
         if self.live.decoder is None or not len(rows):
             return []
         name, decoder = self.live.decoder
         latents = self.view.read_out(rows, weights, name)
-        return [Drawing(base64=write_png(pixels)) for pixels in decoder.decode(latents.numpy())]
+        pictures = (write_png(pixels) for pixels in decoder.decode(latents.numpy()))
+        return [{"media_type": "image/png", "base64": b64encode(picture).decode()} for picture in pictures]
 
     def _replies(self) -> list[RecallResult]:
         found, settled, options = self.found, self.settled, self.options
@@ -310,46 +305,54 @@ class _Recall:
         weights, similarities = self.weights.gather(1, order).tolist(), found.scores.gather(1, order).tolist()
         ids = self.view.ids(rows)
         payloads = self.view.payloads(rows) if options.with_payload else None
-        vectors = self._raw_vectors(rows) if options.with_vectors else None
+        vectors = self._raw_vectors(rows) if options.with_vectors else {}
         margins = (found.scores[:, 0] - found.scores[:, min(1, found.scores.shape[1] - 1)]).tolist()
         supports = (found.rows >= 0).sum(dim=1).tolist()
         steps, outcomes, energies = settled.steps.tolist(), settled.outcome.tolist(), settled.energy.tolist()
-        results = []
+        results: list[RecallResult] = []
         for i, cue in enumerate(self.cues):
-            matches = []
+            matches: list[Match] = []
             for j, memory_id in enumerate(ids[i]):
                 if memory_id is None:
                     break
-                match = Match(id=memory_id, weight=weights[i][j], similarity=similarities[i][j])
-                if payloads is not None and (payload := payloads[i][j]) is not None:
-                    match.payload = orjson.loads(payload)
-                if vectors is not None:
-                    match.vectors = {name: v[i, j].tolist() for name, v in vectors.items() if v[i, j].any()}
+                payload = None if payloads is None else payloads[i][j]
+                match: Match = {
+                    "id": memory_id, "weight": weights[i][j], "similarity": similarities[i][j],
+                    "payload": None if payload is None else orjson.loads(payload),
+                }  # fmt: skip
+                if vectors:
+                    match["vectors"] = {name: v[i, j].tolist() for name, v in vectors.items() if v[i, j].any()}
                 matches.append(match)
-            outcome = Outcome(outcomes[i])
-            dynamics = Dynamics(
-                steps=steps[i], converged=outcome == Outcome.CONVERGED, outcome=outcome.name.lower(),
-                energy=energies[i][: steps[i] + 1], margin=margins[i] if supports[i] > 1 else None, beta=self.beta,
-                support=supports[i], certified=self.certified[i], error_bound=self.error_bound[i],
-            )  # fmt: skip
-            gate, verdict = self._gate_reply(i), self.verdicts[i]
-            results.append(
-                RecallResult(verdict=verdict, matches=matches, recall=dynamics, gate=gate, warnings=cue.warnings)
-            )
+            result = empty_result(self.verdicts[i], warnings=cue.warnings)
+            result["matches"] = matches
+            result["recall"] = {
+                "steps": steps[i], "converged": outcomes[i] == Outcome.CONVERGED, "outcome": OUTCOMES[outcomes[i]],
+                "energy": energies[i][: steps[i] + 1], "margin": margins[i] if supports[i] > 1 else None,
+                "beta": self.beta, "support": supports[i], "certified": self.certified[i],
+                "error_bound": self.error_bound[i],
+            }  # fmt: skip
+            if self.mass is not None and self.record is not None and self.record.log_lambda is not None:
+                result["gate"] = {
+                    "score": self.mass[i], "threshold": self.record.log_lambda, "target_tpr": self.record.target_tpr,
+                    "modality": self.modality, "rejected_at": 0 if self.verdicts[i] == "unknown" else None,
+                }  # fmt: skip
+            results.append(result)
         return results
-
-    def _gate_reply(self, i: int) -> GateReply | None:
-        if self.mass is None or self.record is None or self.record.log_lambda is None:
-            return None
-        return GateReply(
-            score=self.mass[i], threshold=self.record.log_lambda, target_tpr=self.record.target_tpr,
-            modality=self.modality, rejected_at=0 if self.verdicts[i] == "unknown" else None,
-        )  # fmt: skip
 
     def _raw_vectors(self, rows: Tensor) -> dict[str, Tensor]:
         """The matches' vectors as they were stored: space → (batch, limit, dimension)."""
         alone, ones = rows.reshape(-1, 1), torch.ones(rows.numel(), 1)
         return {name: self.view.read_out(alone, ones, name).reshape(*rows.shape, -1) for name in self.live.spaces}
+
+
+def empty_result(
+    verdict: Verdict | None, *, warnings: list[str] | None = None, error: ProblemDict | None = None
+) -> RecallResult:
+    """A result without matches: of an empty collection, of a cue that was wrong, or to be filled."""
+    return {
+        "verdict": verdict, "matches": [], "recall": None, "gate": None, "reconstruction": None,
+        "warnings": warnings or [], "error": error,
+    }  # fmt: skip
 
 
 def _reweighted(live: LiveCollection, chosen: Mapping[str, float]) -> Blocks:

@@ -91,9 +91,13 @@ class Resources:
 
     def after_write(self, live: LiveCollection) -> None:
         """Seal and recalibrate in the background where it is due."""
+        self.seal_if_due(live)
+        self.calibrate_if_due(live)
+
+    def seal_if_due(self, live: LiveCollection) -> None:
+        """To be asked after writes, and every second or so: graphs are merged further when writes pause."""
         if live.bank.seal_due() and live.sealing.acquire(blocking=False):
             self._sealer.submit(self._seal, live)
-        self.calibrate_if_due(live)
 
     def calibrate_if_due(self, live: LiveCollection) -> None:
         with self._work:
