@@ -18,7 +18,7 @@ from torch import Tensor
 
 from service.app.live import LiveCollection, Space
 from service.app.schemas import Cue
-from service.core.similarity import normalise_rows
+from service.core.similarity import MAGNITUDE_MAX, normalise_rows
 from service.encoders.picture import read_picture
 from service.encoders.protocol import Encoder, Picture
 from service.errors import (
@@ -77,6 +77,8 @@ def check_vector(vector: NDArray[np.float32], name: str, live: LiveCollection) -
     squared = float(vector @ vector)
     if not np.isfinite(squared):
         raise InvalidVector(f"the vector for space {name} holds a NaN, an infinity, or values too large to square")
+    if live.similarity != "cosine" and np.abs(vector).max() > MAGNITUDE_MAX:
+        raise InvalidVector(f"values compared by {live.similarity} are at most {MAGNITUDE_MAX:g} in size")
     if squared == 0 and live.similarity == "cosine":
         raise InvalidVector(f"the vector for space {name} is zero, and cosine has no direction for it")
     return vector

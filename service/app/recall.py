@@ -37,8 +37,10 @@ from service.bank import Found, View
 from service.core.beta import auto_beta
 from service.core.certificate import softmax_bound, sparse_exact
 from service.core.retrieve import Outcome, retrieve
-from service.core.separation import Separation
-from service.core.similarity import Blocks, scores
+from service.core.separation import Separation, separate
+from service.core.similarity import Blocks, overlaps, scores
+from service.core.support import top_k
+from service.core.update import association
 from service.encoders.picture import write_png
 from service.errors import NotDecodable, UnknownSpace
 
@@ -234,17 +236,12 @@ class _Recall:
         batch = len(self.cues)
         self.certified, self.error_bound = [False] * batch, [None] * batch
         if options.certify:
-            parts = torch.split(settled.state, list(self.blocks.widths), dim=1)
-            weights = dict(zip(self.live.spaces, self.blocks.weights, strict=True))
-            again = self.view.search(
-                dict(zip(self.live.spaces, parts, strict=True)), weights, self.found.rows.shape[1], exact=True
-            )
-            step = retrieve(
-                self.blocks, self.view.gather(again.rows), settled.state, beta=self.beta,
-                separation=options.separation, valid=again.rows >= 0, first_scores=again.scores, update_steps_max=1,
-            )  # fmt: skip
-            scored, applies = again.scores, [True] * batch
-            moved = torch.linalg.vector_norm(step.state - settled.state, dim=1)
+            # Every row at the last state, over all blocks; the cost of a dense step, which is what is asked for.
+            stored, _ = self.view.matrix()
+            scored, chosen = top_k(overlaps(self.blocks, stored, settled.state), self.found.rows.shape[1])
+            weights = separate(options.separation, scored * self.beta)
+            applies = [True] * batch
+            moved = torch.linalg.vector_norm(association(stored[chosen], weights) - settled.state, dim=1)
         elif self.found.exact:
             scored, applies = self.found.scores, (settled.steps == 1).tolist()
             moved = torch.zeros(batch)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -20,9 +19,8 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from service.core.similarity import Similarity
 from service.errors import InvalidRequest, InvalidVector, ItemError, UnknownSpace, WrongDimension
-
-Similarity = Literal["cosine", "dot", "neg_l2"]
 
 
 @dataclass(frozen=True)

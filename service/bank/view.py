@@ -136,7 +136,8 @@ class View:
     def gather(self, rows: Int[Tensor, "batch k"]) -> Float[Tensor, "batch k D"]:
         """Blocks of rows as the similarity sees them (unit under cosine), concatenated in the layout's order; zeros at
         -1."""
-        blocks = [self._block(rows, name) for name in self.layout.names]
+        split = self._split(rows)
+        blocks = [self._block(rows, name, split) for name in self.layout.names]
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
 
     def read_out(
@@ -144,12 +145,16 @@ class View:
     ) -> Float[Tensor, "batch d"]:
         """Σ_μ p_μ ξ_μ over raw values: what a recalled state is in the space's own units (for a decoder)."""
         self.layout.space(space)
+        split = self._split(rows)
         if self.layout.similarity == "cosine":
             norms = rows.new_zeros(rows.shape, dtype=torch.float32)
-            for part, there, local in self._split(rows):
-                norms[there] = part.segment.norms[space][local]
+            for part, there, local in split:
+                if there is None:
+                    norms = part.segment.norms[space][local].view(rows.shape)
+                else:
+                    norms[there] = part.segment.norms[space][local]
             weights = weights * norms
-        return torch.bmm(weights[:, None, :].to(torch.float32), self._block(rows, space)).squeeze(1)
+        return torch.bmm(weights[:, None, :].to(torch.float32), self._block(rows, space, split)).squeeze(1)
 
     def matrix(self) -> tuple[Float[Tensor, "count D"], Int[Tensor, " count"]]:
         """All memories for a dense support: their concatenated blocks (as `gather`) and their row numbers.
@@ -173,10 +178,9 @@ class View:
             )
         return self.gather(rows[None]).squeeze(0), rows
 
-    def _block(self, rows: Tensor, space: str) -> Tensor:
+    def _block(self, rows: Tensor, space: str, split: list[tuple[Part, Tensor | None, Tensor]]) -> Tensor:
         dimension = self.layout.space(space).dimension
-        split = self._split(rows)
-        if len(split) == 1 and split[0][1].all():
+        if len(split) == 1 and split[0][1] is None:
             part, _, local = split[0]
             return part.segment.vectors[space].index_select(0, local).view(*rows.shape, dimension)
         block = torch.zeros(*rows.shape, dimension, device=self.device)
@@ -184,10 +188,19 @@ class View:
             block[there] = part.segment.vectors[space][local]
         return block
 
-    def _split(self, rows: Tensor) -> list[tuple[Part, Tensor, Tensor]]:
-        """Per part that some rows lie in: the part, where in `rows` they are, and their numbers in its segment."""
-        split = []
-        for start, stop, part in zip(self.starts, self.starts[1:], self.parts, strict=False):
+    def _split(self, rows: Tensor) -> list[tuple[Part, Tensor | None, Tensor]]:
+        """Per part that some rows lie in: the part, where in `rows` they are (None: everywhere), and their numbers in
+        its segment."""
+        filled = [
+            (start, stop, part)
+            for start, stop, part in zip(self.starts, self.starts[1:], self.parts, strict=False)
+            if part.count
+        ]
+        if len(filled) == 1 and rows.numel() and int(rows.min()) >= 0:  # a bank at rest: nothing to tell apart
+            start, _, part = filled[0]
+            return [(part, None, rows.reshape(-1) - start if start else rows.reshape(-1))]
+        split: list[tuple[Part, Tensor | None, Tensor]] = []
+        for start, stop, part in filled:
             there = (rows >= start) & (rows < stop)
             if bool(there.any()):
                 split.append((part, there, rows[there] - start))

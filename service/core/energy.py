@@ -9,18 +9,16 @@ separations: there the 1/β is missing.)
 Rules:
 - E is taken over the rows that the step itself uses; energies over different rows, or over different blocks, are not
   comparable.
-- K(x, x) of cosine is 1 also where a block is zero: the term is then constant, and E stays monotone when an empty
-  block fills.
 """
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from service.core.separation import Separation, regulariser
-from service.core.similarity import Blocks
+from service.core.similarity import Blocks, self_similarity
 
 
 def energy(
@@ -30,20 +28,14 @@ def energy(
     weights: Float[Tensor, "batch rows"],
     beta: float | Float[Tensor, " batch"],
     separation: Separation,
+    observed: Bool[Tensor, "batch spaces"] | None = None,
 ) -> Float[Tensor, " batch"]:
-    """E(x) of each state, from its scores K(Ξ, x) and weights p = sep(β K(Ξ, x)), at least one of which is positive."""
-    return _self_term(blocks, state) - _conjugate(scores_of_state, weights, beta, separation)
+    """E(x) of each state, from its scores K(Ξ, x) and weights p = sep(β K(Ξ, x)), at least one of which is positive.
 
-
-def _self_term(blocks: Blocks, state: Float[Tensor, "batch d"]) -> Float[Tensor, " batch"] | float:
-    """½ K(x, x)."""
-    match blocks.similarity:
-        case "cosine":
-            return 0.5
-        case "dot":
-            return 0.5 * state.square().sum(-1)
-        case "neg_l2":
-            return 0.0
+    `observed`: the blocks that the scores are over, if not all.
+    """
+    own = self_similarity(blocks, state, observed)
+    return 0.5 * own - _conjugate(scores_of_state, weights, beta, separation)
 
 
 def _conjugate(

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from service.core.energy import energy
 from service.core.separation import Separation, SparseSeparation, separate
-from service.core.similarity import MAGNITUDE_MAX, Blocks, normalise_rows, scores, spread
+from service.core.similarity import MAGNITUDE_MAX, Blocks, normalise_rows, overlaps, scores, spread
 from service.core.update import update
 from service.errors import InvalidRequest, NothingObserved
 
@@ -126,7 +126,8 @@ def retrieve(
             x.new_zeros(1, batch, rows) if trace else None,
         )  # fmt: skip
 
-    point = dynamics.at(x, scores(blocks, stored, x, observed) if first_scores is None else first_scores.to(x.dtype))
+    first = scores(blocks, stored, x, observed) if first_scores is None else first_scores.to(x.dtype)
+    point = dynamics.at(x, first, observed)
     frozen = without_rows  # the cues that no longer move; None where every cue does, and nothing needs masking
     energies = [point.energy if frozen is None else point.energy.masked_fill(frozen, torch.nan)]
     points = [point]
@@ -136,7 +137,7 @@ def retrieve(
         settled = _at_rest(point.state, moved, step_size, update_steps_eps)
         if t == 0 and observed is not None:
             settled = settled & observed.all(-1)
-        reached = dynamics.at(moved, scores(blocks, stored, moved))
+        reached = dynamics.at(moved, overlaps(blocks, stored, moved))
         if frozen is None:
             point = reached
             energies.append(point.energy)
@@ -198,10 +199,16 @@ class _Dynamics:
     separation: Separation
     valid: Bool[Tensor, "batch rows"] | None
 
-    def at(self, state: Float[Tensor, "batch d"], state_scores: Float[Tensor, "batch rows"]) -> _Point:
+    def at(
+        self,
+        state: Float[Tensor, "batch d"],
+        state_scores: Float[Tensor, "batch rows"],
+        observed: Bool[Tensor, "batch spaces"] | None = None,
+    ) -> _Point:
         scale = self.beta.unsqueeze(-1) if isinstance(self.beta, Tensor) else self.beta
         weights = separate(self.separation, state_scores * scale, self.valid)
-        return _Point(state, weights, energy(self.blocks, state, state_scores, weights, self.beta, self.separation))
+        height = energy(self.blocks, state, state_scores, weights, self.beta, self.separation, observed)
+        return _Point(state, weights, height)
 
 
 def _at_rest(

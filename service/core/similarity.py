@@ -4,8 +4,12 @@ Strategy: everything that depends on the state alone (norms, block weights, whic
 the state once; what remains is one matrix product per batch, whatever the number of blocks.
 
 Rules:
-- cosine compares block by block, Σ_b w_b cos_b / Σ_b w_b over the observed blocks, and cos(0, ·) = 0: a block that a
-  memory lacks is zero and adds 0.
+- cosine compares a cue block by block, Σ_b w_b cos_b / Σ_b w_b over the observed blocks, and cos(0, ·) = 0: a block
+  that a memory lacks is zero and adds 0.
+- A state on its way is a mean of unit blocks and is compared as it is, Σ_b w_b ⟨ξ_b, x_b⟩ / Σ_b w_b (`overlaps`), not
+  normalised again. Where the winning memory lacks a block, the state's block is a trace of the others; normalised, it
+  would count as much as a whole block and let another memory win. So compared the energy never rises whatever the
+  norms of the values (uᵀAv with A ⪰ 0), zero blocks included.
 - dot and neg_l2 see raw values, so their scale would mix spaces: they take exactly one block.
 - -‖ξ - x‖² is summed from differences, not expanded: expansion cancels in float32, and a pattern's distance to itself
   must be 0.
@@ -15,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Literal, get_args
 
@@ -86,12 +91,40 @@ def scores(
     """
     if blocks.similarity == "neg_l2":
         return -_squared_distances(stored, state)
-    if blocks.similarity == "cosine":
-        state = _folded(blocks, state, observed)
+    return _products(stored, _folded(blocks, state, observed) if blocks.similarity == "cosine" else state)
+
+
+def _products(
+    stored: Float[Tensor, "rows d"] | Float[Tensor, "batch rows d"], state: Float[Tensor, "batch d"]
+) -> Float[Tensor, "batch rows"]:
     query = state.to(stored.dtype)
     # The row vector goes first: a batch of matrix times column vector takes a path fourteen times slower on a CPU.
     product = query @ stored.T if stored.ndim == 2 else torch.bmm(query.unsqueeze(1), stored.mT).squeeze(1)
     return product.to(torch.promote_types(product.dtype, torch.float32))
+
+
+def overlaps(
+    blocks: Blocks,
+    stored: Float[Tensor, "rows d"] | Float[Tensor, "batch rows d"],
+    state: Float[Tensor, "batch d"],
+) -> Float[Tensor, "batch rows"]:
+    """K(ξ_μ, x) of every row for states that the dynamics has reached: as `scores`, with no norm taken of the state."""
+    if blocks.similarity == "neg_l2":
+        return -_squared_distances(stored, state)
+    return _products(stored, state if len(blocks.widths) == 1 else state * _shares(blocks, state))
+
+
+def self_similarity(
+    blocks: Blocks, state: Float[Tensor, "batch d"], observed: Bool[Tensor, "batch spaces"] | None = None
+) -> Float[Tensor, " batch"]:
+    """K(x, x) as `overlaps` has it; over the observed blocks alone if these are given. 0 for neg_l2."""
+    if blocks.similarity == "neg_l2":
+        return state.new_zeros(state.shape[0])
+    squares = state.square()
+    if len(blocks.widths) == 1:
+        return squares.sum(-1)
+    whole = squares @ _shares(blocks, state)
+    return whole if observed is None else whole / _observed_share(blocks, observed).to(whole.dtype)
 
 
 def spread(per_block: Bool[Tensor, "batch spaces"], blocks: Blocks) -> Bool[Tensor, "batch d"]:
@@ -111,6 +144,23 @@ def _folded(
         weights = observed * torch.tensor(blocks.weights, dtype=torch.float64, device=state.device)
         norms = list(torch.split(weights / weights.sum(-1, keepdim=True), 1, dim=-1))
     return _concatenated([_scaled_to(norm, state[:, part]) for norm, part in zip(norms, blocks.slices, strict=True)])
+
+
+def _shares(blocks: Blocks, like: Tensor) -> Float[Tensor, " d"]:
+    """w_b / Σ w at every value of block b."""
+    return _shares_of(blocks, like.dtype, like.device)
+
+
+@lru_cache(maxsize=256)
+def _shares_of(blocks: Blocks, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " d"]:
+    total = sum(blocks.weights)
+    pairs = zip(blocks.weights, blocks.widths, strict=True)
+    return torch.cat([torch.full((width,), weight / total, dtype=dtype, device=device) for weight, width in pairs])
+
+
+def _observed_share(blocks: Blocks, observed: Bool[Tensor, "batch spaces"]) -> Float[Tensor, " batch"]:
+    weights = torch.tensor(blocks.weights, dtype=torch.float64, device=observed.device)
+    return (observed * weights).sum(-1) / weights.sum()
 
 
 def _scaled_to(norm: float | Tensor, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:

@@ -1,10 +1,9 @@
 """The invariants of recall, each with the conditions under which it holds.
 
 Here:
- 1. A step never raises the energy: dot, neg_l2, and cosine over weighted blocks (values of equal norm, zero blocks
- included); softmax, sparsemax,
-    entmax-1.5, max; a support fixed for the recall; clamped blocks; 0 < step_size <= 1. From the first whole-state
-    step on.
+ 1. A step never raises the energy: dot, neg_l2, and cosine over weighted blocks, zero blocks included; softmax,
+    sparsemax, entmax-1.5, max; a support fixed for the recall; clamped blocks; 0 < step_size <= 1. From the first
+    whole-state step on.
  2. Exact top-K re-selected at every step, with the energy over those same rows, never raises it either.
  3. A pattern is an exact fixed point iff beta times its margin is at least m (sparse separations).
  4. A support of all rows is dense; padding a support, batching cues and permuting rows change nothing but the order
@@ -32,7 +31,7 @@ from torch import Tensor
 from service.core.energy import energy
 from service.core.retrieve import Outcome, retrieve
 from service.core.separation import exact_recall_margin, separate
-from service.core.similarity import Blocks, Similarity, normalise_rows, scores
+from service.core.similarity import Blocks, Similarity, normalise_rows, overlaps, scores
 from service.core.support import top_k
 from service.core.update import update
 
@@ -161,7 +160,7 @@ def test_top_k_reselected_each_step_never_raises_its_own_energy(
     net = make()
     state, energies = normalise_rows(net.cues, net.blocks), []
     for _ in range(8):
-        best, rows = top_k(scores(net.blocks, net.stored, state), k)
+        best, rows = top_k(overlaps(net.blocks, net.stored, state), k)
         weights = separate(separation, best * net.beta)
         energies.append(energy(net.blocks, state, best, weights, net.beta, separation))
         state = update(net.stored[rows], state, weights)
@@ -302,14 +301,15 @@ def test_each_step_is_the_formula(make: Callable[[], Net], separation: str, step
         trace=True,
     )
     for t, (x, moved) in enumerate(pairwise(result.states.unbind(0))):
-        p = separate(separation, beta * scores(net.blocks, net.stored, x, net.observed if t == 0 else None))
+        first = scores(net.blocks, net.stored, x, net.observed)
+        p = separate(separation, beta * (first if t == 0 else overlaps(net.blocks, net.stored, x)))
         want = x + step_size * (p @ net.stored - x)
         still = (result.steps <= t).unsqueeze(-1)
         torch.testing.assert_close(
             torch.where(still, 0.0, result.step_weights[t]), torch.where(still, 0.0, p), rtol=0, atol=1e-7
         )
         torch.testing.assert_close(moved, torch.where(still, x, want), rtol=1e-7, atol=1e-7)
-    last = separate(separation, beta * scores(net.blocks, net.stored, result.state))
+    last = separate(separation, beta * overlaps(net.blocks, net.stored, result.state))
     torch.testing.assert_close(result.weights, last, rtol=0, atol=1e-7)
     assert torch.equal(result.step_weights[-1], result.weights)
 
@@ -332,7 +332,8 @@ def test_the_scale_of_the_patterns_does_not_matter(
 def test_energy_is_the_formula(make: Callable[[], Net], separation: str) -> None:
     """½ K(x, x) - (1/β) [⟨p, βs⟩ - Ω(p)], with Ω written out."""
     net = make()
-    found = scores(net.blocks, net.stored, net.cues)
+    states = 0.5 * normalise_rows(net.cues, net.blocks)  # on its way a state is shorter than a cue
+    found = overlaps(net.blocks, net.stored, states)
     p = separate(separation, found * net.beta)
     omega = {
         "softmax": torch.special.xlogy(p, p).sum(-1),
@@ -340,9 +341,11 @@ def test_energy_is_the_formula(make: Callable[[], Net], separation: str) -> None
         "entmax15": (p.pow(1.5).sum(-1) - 1) / 0.75,
         "max": torch.zeros(4),
     }[separation]
-    own = {"cosine": torch.ones(4), "dot": net.cues.square().sum(-1), "neg_l2": torch.zeros(4)}[net.blocks.similarity]
+    squares = torch.stack([states[:, part].square().sum(-1) for part in net.blocks.slices], dim=-1)
+    shares = torch.tensor(net.blocks.weights, dtype=torch.float64) / sum(net.blocks.weights)
+    own = {"cosine": squares @ shares, "dot": squares.sum(-1), "neg_l2": torch.zeros(4)}[net.blocks.similarity]
     want = own / 2 - ((p * net.beta * found).sum(-1) - omega) / net.beta
-    got = energy(net.blocks, net.cues, found, p, net.beta, separation)
+    got = energy(net.blocks, states, found, p, net.beta, separation)
     torch.testing.assert_close(got, want.double(), rtol=1e-9, atol=1e-9)
 
 

@@ -105,6 +105,24 @@ def test_the_first_step_sees_the_observed_blocks_and_later_ones_all() -> None:
     assert heavier.tolist() == [[1.0, 0.0]]
 
 
+@pytest.mark.parametrize("beta", [20.0, 50.0, 200.0])
+@pytest.mark.parametrize("separation", ["softmax", "sparsemax", "entmax15", "max"])
+def test_a_memory_that_lacks_a_block_is_recalled_by_the_others(beta: float, separation: str) -> None:
+    """The trace of a neighbour's last block must not grow to the size of a block once the winner has none there."""
+    blocks = Blocks((8, 8, 8), (1.0, 1.0, 1.0))
+    g = torch.Generator().manual_seed(5)
+    raw = torch.randn(6, 24, generator=g)
+    raw[0, 16:] = 0
+    stored = normalise_rows(raw, blocks)
+    observed = torch.tensor([[True, True, False]])
+    cue = raw[:1] + 0.5 * torch.randn(1, 24, generator=g)
+    settled = retrieve(blocks, stored, cue, beta=beta, separation=separation, observed=observed, update_steps_max=20)
+    assert int(settled.weights.argmax()) == 0
+    assert float(settled.weights[0, 0]) > 0.9
+    whole = settled.energy[0, 1:]
+    assert (whole.diff() <= 1e-6).all()
+
+
 def test_a_step_on_some_blocks_does_not_settle_a_cue() -> None:
     """The cue is at rest for its own block, which both memories share; the others are only filled in afterwards."""
     blocks = Blocks((1, 1), (1.0, 1.0))
