@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterable, Mapping
-from functools import cache
+from functools import cache  # of methods: an engine's metrics live as long as its process, and labels are few
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -37,9 +37,20 @@ class Metrics:
         for stage, seconds in spent_s.items():
             self._stage(stage).observe(seconds)
         for verdict in verdicts:
-            self.recalls.labels(collection, verdict or "error").inc()
+            self._recalls(collection, verdict or "error").inc()
 
-    @cache  # noqa: B019 - as many entries as there are stages, and the object lives as long as the process
+    def answered(self, method: str, status: int) -> None:
+        self._requests(method, status).inc()
+
+    @cache  # noqa: B019
+    def _requests(self, method: str, status: int) -> Counter:
+        return self.requests.labels(method, status)
+
+    @cache  # noqa: B019
+    def _recalls(self, collection: str, verdict: str) -> Counter:
+        return self.recalls.labels(collection, verdict)
+
+    @cache  # noqa: B019
     def _stage(self, stage: str) -> Histogram:
         return self.recall_seconds.labels(stage)
 

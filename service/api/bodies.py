@@ -12,44 +12,16 @@ import orjson
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.problems import from_validation
 from service.app.schemas import BATCH_MAX, RecallRequest, StoreRequest
-from service.errors import BodyTooLarge, InvalidRequest, MalformedBody
+from service.errors import InvalidRequest, MalformedBody
 
 M = TypeVar("M", bound=BaseModel)
 
 FIELD_BYTES_MAX = 16 * 2**20  # one non-file field of a form: a batch's JSON; the whole body has a bound of its own
 CUE_FIELDS = ("text", "image", "mask", "vectors")
 MEMORY_FIELDS = ("id", "image", "text", "vectors", "payload")
-
-
-class BoundBodies:
-    """Refuses a body of more than `size_max` bytes, declared or streamed.
-
-    FastAPI's own `max_body_size` answers a declared size in plain text; every error of ours is problem+json.
-    """
-
-    def __init__(self, app: ASGIApp, size_max: int) -> None:
-        self.app = app
-        self.size_max = size_max
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        declared = dict(scope["headers"]).get(b"content-length", b"0") if scope["type"] == "http" else b"0"
-        size = 0
-
-        async def bounded() -> Message:
-            nonlocal size
-            if declared.isdigit() and int(declared) > self.size_max:
-                raise BodyTooLarge(f"the body has {int(declared)} bytes; send at most {self.size_max} at once")
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > self.size_max:
-                raise BodyTooLarge(f"the body has more than {self.size_max} bytes; send less at once")
-            return message
-
-        await self.app(scope, bounded, send)
 
 
 async def read(request: Request, model: type[M]) -> M:

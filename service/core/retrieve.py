@@ -7,9 +7,10 @@ handful of batched tensor operations, and one look at the device to learn whethe
 Rules:
 - The first point is scored on the cue's observed blocks alone; every later one on the whole state with all block
   weights.
-- A cue has settled when ‖Ξᵀp - x‖ ≤ update_steps_eps · ‖x'‖: relative, so that the scale of the patterns does not
-  matter, and of the full step, so that a short step_size is not mistaken for rest. A step scored on some of the
-  blocks never settles a cue: the next one is scored on others.
+- A cue has settled at x when ‖Ξᵀp - x‖ ≤ update_steps_eps · ‖Ξᵀp‖: relative, so that the scale of the patterns does
+  not matter, and of the full step, so that a short step_size is not mistaken for rest. It then takes no further step,
+  so what is returned is the point that was found to be fixed. A point scored on some of the blocks is never at rest:
+  the next one is scored on others.
 - A settled cue is frozen: its state and weights stay, its later energies are NaN. A cue without rows never moves.
 - With cosine the dynamics run on unit blocks: stored rows are unit, and the cue is made so. Values of a block that is
   not observed are ignored.
@@ -132,11 +133,18 @@ def retrieve(
     energies = [point.energy if frozen is None else point.energy.masked_fill(frozen, torch.nan)]
     points = [point]
     steps = torch.zeros(batch, dtype=torch.int64, device=x.device)
-    for t in range(update_steps_max):
-        moved = update(stored, point.state, point.weights, step_size, clamped)
-        settled = _at_rest(point.state, moved, step_size, update_steps_eps)
+    for t in range(update_steps_max + 1):
+        whole = update(stored, point.state, point.weights, clamped)
+        settled = _at_rest(point.state, whole, update_steps_eps)
         if t == 0 and observed is not None:
             settled = settled & observed.all(-1)
+        if frozen is not None:
+            settled = settled | frozen
+        at_rest = int(settled.sum())
+        frozen = settled if at_rest else None
+        if at_rest == batch or t == update_steps_max:
+            break
+        moved = whole if step_size == 1.0 else torch.lerp(point.state, whole, step_size)
         reached = dynamics.at(moved, overlaps(blocks, stored, moved))
         if frozen is None:
             point = reached
@@ -146,17 +154,12 @@ def retrieve(
             point = point.where(frozen, reached)
             energies.append(point.energy.masked_fill(frozen, torch.nan))
             steps += ~frozen
-            settled = settled | frozen
         if trace:
             points.append(point)
-        at_rest = int(settled.sum())
-        frozen = settled if at_rest else None
-        if at_rest == batch:
-            break
 
     unfinished = Outcome.STEPS_EXHAUSTED if update_steps_max else Outcome.NO_STEPS
     outcome = torch.full((batch,), unfinished, device=x.device)
-    if frozen is not None:
+    if frozen is not None and update_steps_max:
         outcome = outcome.masked_fill(frozen, Outcome.CONVERGED)
     if without_rows is not None:
         outcome = outcome.masked_fill(without_rows, Outcome.NO_ROWS)
@@ -211,12 +214,11 @@ class _Dynamics:
         return _Point(state, weights, height)
 
 
-def _at_rest(
-    state: Float[Tensor, "batch d"], moved: Float[Tensor, "batch d"], step_size: float, eps: float
-) -> Bool[Tensor, " batch"]:
-    residual: Tensor = torch.linalg.vector_norm(moved - state, dim=-1)
-    size: Tensor = torch.linalg.vector_norm(moved, dim=-1)
-    return residual <= eps * step_size * size
+def _at_rest(state: Float[Tensor, "batch d"], whole: Float[Tensor, "batch d"], eps: float) -> Bool[Tensor, " batch"]:
+    """Whether a whole step from `state` leads nowhere."""
+    residual: Tensor = torch.linalg.vector_norm(whole - state, dim=-1)
+    size: Tensor = torch.linalg.vector_norm(whole, dim=-1)
+    return residual <= eps * size
 
 
 def _check_shapes(blocks: Blocks, stored: Tensor, state: Tensor, **others: float | Tensor | None) -> None:

@@ -1,9 +1,8 @@
 """One step of recall.
 
-    x' = x + step_size · (Ξᵀ p - x)
+    x' = Ξᵀ p        (Ramsauer et al. 2021, eq. 3)
 
-step_size 1 is the plain step (Ramsauer et al. 2021, eq. 3); less than 1 moves part of the way and lowers the energy
-all the same.
+A step_size under 1 goes part of the way there, and lowers the energy all the same.
 """
 
 from __future__ import annotations
@@ -26,10 +25,8 @@ def update(
     stored: Float[Tensor, "rows d"] | Float[Tensor, "batch rows d"],
     state: Float[Tensor, "batch d"],
     weights: Float[Tensor, "batch rows"],
-    step_size: float = 1.0,
     clamped: Bool[Tensor, "batch d"] | None = None,
 ) -> Float[Tensor, "batch d"]:
-    """The state after one step; values marked in `clamped` keep what they are."""
+    """The state after one whole step; values marked in `clamped` keep what they are."""
     target = association(stored, weights)
-    moved = target if step_size == 1.0 else torch.lerp(state, target, step_size)
-    return moved if clamped is None else torch.where(clamped, state, moved)
+    return target if clamped is None else torch.where(clamped, state, target)

@@ -147,9 +147,12 @@ def test_options_do_what_they_say(http: httpx.Client, vectors: str) -> None:
 
 
 def test_clamping_keeps_the_cue(http: httpx.Client, vectors: str) -> None:
+    """All blocks of this cue are observed, so clamped it cannot move: the weights are those of the search's scores."""
     clamped = one(http, vectors, noisy(4, 1.0), clamp_observed=True, beta=20)
-    assert clamped["recall"]["steps"] >= 1
-    assert clamped["recall"]["converged"]
+    assert (clamped["recall"]["steps"], clamped["recall"]["converged"]) == (0, True)
+    free = one(http, vectors, noisy(4, 1.0), beta=20)
+    assert free["recall"]["steps"] >= 1
+    assert clamped["matches"][0]["weight"] < free["matches"][0]["weight"]
 
 
 def test_a_batch_answers_in_order_and_reports_bad_cues(http: httpx.Client, vectors: str) -> None:

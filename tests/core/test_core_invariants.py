@@ -180,7 +180,7 @@ def test_a_pattern_is_a_fixed_point_iff_beta_times_its_margin_reaches_m(
     exact = result.weights.diag() == 1.0
     assert ((net.beta * margin >= needed) == exact)[~near].all()
     step = retrieve(net.blocks, net.stored, net.stored, beta=net.beta, separation=separation, update_steps_max=1)
-    assert torch.equal(step.state[exact], net.stored[exact])
+    torch.testing.assert_close(step.state[exact], net.stored[exact], rtol=1e-12, atol=1e-12)
     assert (step.outcome[exact & (net.stored != 0).any(-1)] == Outcome.CONVERGED).all()
 
 

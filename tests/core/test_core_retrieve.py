@@ -34,12 +34,12 @@ def unchecked_shapes() -> Iterator[None]:
 def test_a_cue_that_settles_says_when() -> None:
     result = retrieve(COSINE, STORED, CUE, beta=50.0, separation="sparsemax", trace=True)
     assert result.outcome.tolist() == [Outcome.CONVERGED]
-    assert result.steps.tolist() == [2]
+    assert result.steps.tolist() == [1]
     assert torch.equal(result.state, STORED[:1])
     assert result.weights.tolist() == [[1.0, 0.0, 0.0]]
-    assert result.energy.shape == (1, 3)
-    assert result.energy[0].tolist() == pytest.approx([0.5 - 0.9 / math.hypot(0.9, 0.1), -0.5, -0.5])
-    torch.testing.assert_close(result.states, torch.stack([normalise_rows(CUE, COSINE), STORED[:1], STORED[:1]]))
+    assert result.energy.shape == (1, 2)
+    assert result.energy[0].tolist() == pytest.approx([0.5 - 0.9 / math.hypot(0.9, 0.1), -0.5])
+    torch.testing.assert_close(result.states, torch.stack([normalise_rows(CUE, COSINE), STORED[:1]]))
 
 
 def test_a_cue_that_does_not_settle_says_so() -> None:
@@ -129,8 +129,17 @@ def test_a_step_on_some_blocks_does_not_settle_a_cue() -> None:
     stored = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     observed = torch.tensor([[True, False]])
     result = retrieve(blocks, stored, torch.tensor([[1.0, 0.0]]), beta=1.0, observed=observed)
-    assert result.steps.tolist() == [2]
+    assert result.steps.tolist() == [1]
     assert result.outcome.tolist() == [Outcome.CONVERGED]
+    alone = retrieve(blocks, stored, torch.tensor([[1.0, 0.0]]), beta=1.0)
+    assert alone.steps.tolist() == [0]
+
+
+def test_a_cue_that_is_a_memory_is_at_rest_before_any_step() -> None:
+    result = retrieve(COSINE, STORED, STORED[1:2] * 3.0, beta=200.0)
+    assert result.steps.tolist() == [0]
+    assert result.outcome.tolist() == [Outcome.CONVERGED]
+    assert int(result.weights.argmax()) == 1
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.1, 1.0), st.sampled_from(("softmax", "sparsemax", "entmax15", "max")))

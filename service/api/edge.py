@@ -1,0 +1,67 @@
+"""What every request passes first: its origin, its key, the size of its body; and what counts the answers.
+
+One plain ASGI layer rather than several dependencies: it costs a request microseconds, not tenths of a millisecond.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Mapping
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.problems import as_response
+from service.errors import BodyTooLarge, CrossSite, EngramError, Unauthorized
+from service.observability import Metrics
+
+GUARDED = ("/v1/", "/metrics")  # what needs the key, where one is set; the rest tells nothing about what is stored
+
+
+class Edge:
+    def __init__(self, app: ASGIApp, metrics: Metrics | None, api_key: str | None, body_bytes_max: int | None) -> None:
+        self.app = app
+        self.metrics = metrics
+        self.bearer = None if api_key is None else b"Bearer " + api_key.encode()
+        self.body_bytes_max = body_bytes_max
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        size = 0
+
+        async def bounded() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if self.body_bytes_max is not None and size > self.body_bytes_max:
+                raise BodyTooLarge(f"the body has more than {self.body_bytes_max} bytes; send less at once")
+            return message
+
+        async def counted(message: Message) -> None:
+            if self.metrics is not None and message["type"] == "http.response.start":
+                self.metrics.answered(scope["method"], message["status"])
+            await send(message)
+
+        try:
+            self._check(scope, headers)
+        except EngramError as error:
+            await as_response(error)(scope, receive, counted)
+            return
+        await self.app(scope, bounded, counted)
+
+    def _check(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
+        """Raises `Unauthorized`, `CrossSite`, `BodyTooLarge`."""
+        given = headers.get(b"authorization", b"")
+        guarded = self.bearer is not None and scope["path"].startswith(GUARDED)
+        if guarded and not hmac.compare_digest(given, self.bearer or b""):
+            raise Unauthorized("send the header Authorization: Bearer <key>")
+        # A page of another site can make a visitor's browser post to a server on loopback, where no key is asked for.
+        origin = headers.get(b"origin")
+        foreign = origin is not None and origin.partition(b"://")[2] != headers.get(b"host")
+        if foreign and scope["method"] not in ("GET", "HEAD"):
+            raise CrossSite("this request comes from another site's page; send it without the header Origin")
+        declared = headers.get(b"content-length", b"")
+        if self.body_bytes_max is not None and declared.isdigit() and int(declared) > self.body_bytes_max:
+            raise BodyTooLarge(f"the body has {int(declared)} bytes; send at most {self.body_bytes_max} at once")
