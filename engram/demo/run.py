@@ -46,12 +46,15 @@ from service.storage.folder import read_owner
 START_S = 120.0  # a first start compiles Python and loads torch: some 10 s on two slow cores
 STOP_S = 20.0  # a server answers what it has accepted before it stops
 POLL_S = 0.1
+LOG_COLUMNS = 120  # into a file or a pipe; a terminal has a width of its own
 WAIT_S = 300.0  # for one request: encoding a batch of photographs takes seconds, on a busy machine a minute
 RECALL_BATCH = 10  # cues in one request: ten uncompressible pictures of 6 MB stay under the server's bound on a body
 
 
 def run(output: Path, data: Path, port: int, exit_at_once: bool) -> None:
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=LOG_COLUMNS)
     signal.signal(signal.SIGTERM, _stop)
     output.mkdir(parents=True, exist_ok=True)
     with _server(console, data, port, output / "server.log") as (url, ours), Client(url, timeout_s=WAIT_S) as client:
