@@ -217,4 +217,5 @@ class CollectionInfo(Reply):
     corruptions: tuple[str, ...]
     gate: dict[str, Any]
     calibration: Calibration
+    indexing: bool
     bytes: dict[str, int]

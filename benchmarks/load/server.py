@@ -102,7 +102,7 @@ def wait_until_settled(info: Callable[[], dict[str, Any]], memories: int) -> Non
         state = (now["count"], now["calibration"]["state"], now["bytes"])
         if state != last:
             last, since = state, time.monotonic()
-        settled = now["count"] == memories and now["calibration"]["state"] == "current"
+        settled = now["count"] == memories and now["calibration"]["state"] == "current" and not now["indexing"]
         if settled and time.monotonic() - since > SETTLED_S:
             return
         time.sleep(0.25)

@@ -73,7 +73,7 @@ def info(live: LiveCollection) -> CollectionInfo:
         name=live.name, version=view.version, count=view.count, created_at=live.created_at.isoformat(), spaces=spaces,
         recall=live.config.recall, corruptions=[c.describe() for c in live.corruptions], gate=live.config.gate,
         calibration=CalibrationInfo(state=live.calibration_state(), modalities=list(live.records.values())),
-        bytes=live.bank.sizes(),
+        indexing=live.sealing.locked() or live.bank.seal_due(), bytes=live.bank.sizes(),
     )  # fmt: skip
 
 

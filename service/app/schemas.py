@@ -282,6 +282,7 @@ class CollectionInfo(Reply):
     corruptions: list[str]
     gate: GateConfig
     calibration: CalibrationInfo
+    indexing: bool = Field(description="graphs are due or being built: answers are as right meanwhile, only slower")
     bytes: dict[str, int] = Field(description="memory held by the bank, by kind")
 
 
