@@ -36,17 +36,24 @@ SPARSE_SHARE = 0.2
 """Under this share of alive rows a segment is scanned: HNSW under a selector returned 2.6 of 10 rows at a share of
 .005."""
 
-TAIL_ROWS_MIN = 256
-"""A tail's first capacity: small enough for many small collections, and doubling from here is soon out of the way."""
+TAIL_BYTES, TAIL_ROWS_MIN, TAIL_ROWS_MAX = 2**20, 4, 256
+"""A tail's first capacity: what fits in 1 MiB, so that many empty collections stay small whatever their dimension, but
+no fewer rows than spare a wide one its first doublings (16 spaces of 65,536 values: 16 MiB), and no more than a small
+collection has."""
 
 STRING_BYTES = 49
 """What a Python string or bytes object takes besides its characters, nearly."""
 
 
 class Segment:
-    """`vectors[space]` (capacity, d_s), `norms[space]` (capacity,), ids and payloads by row."""
+    """`vectors[space]` (capacity, d_s), `norms[space]` (capacity,), ids and payloads by row.
 
-    def __init__(self, layout: Layout, device: torch.device, capacity: int = TAIL_ROWS_MIN) -> None:
+    `capacity` is that of a tail unless told.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device, capacity: int | None = None) -> None:
+        if capacity is None:
+            capacity = min(max(TAIL_BYTES // (4 * layout.dimension), TAIL_ROWS_MIN), TAIL_ROWS_MAX)
         self.layout = layout
         self.device = device
         self.count = 0

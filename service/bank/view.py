@@ -11,12 +11,12 @@ Rules:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from service.bank.layout import Layout, unit_rows
@@ -156,11 +156,30 @@ class View:
             weights = weights * norms
         return torch.bmm(weights[:, None, :].to(torch.float32), self._block(rows, space, split)).squeeze(1)
 
+    def lacking(self, spaces: Sequence[str], rows: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
+        """Which rows have a zero vector in every one of `spaces`, and so are no candidates for a cue of these; True at
+        -1. Raises UnknownSpace.
+
+        The same under every similarity, as in `search`.
+        """
+        for name in spaces:
+            self.layout.space(name)
+        if any(not any(part.segment.lacking[name] for part in self.parts) for name in spaces):
+            return rows < 0  # the usual case: every memory has one of the spaces
+        lacking = torch.ones(rows.shape, dtype=torch.bool, device=self.device)
+        for part, there, local in self._split(rows):
+            present = torch.zeros(local.shape, dtype=torch.bool, device=self.device)
+            for name in spaces:
+                present |= part.segment.norms[name][local] != 0
+            lacking[slice(None) if there is None else there] = ~present
+        return lacking
+
     def matrix(self) -> tuple[Float[Tensor, "count D"], Int[Tensor, " count"]]:
         """All memories for a dense support: their concatenated blocks (as `gather`) and their row numbers.
 
-        With one space, one segment and no dead row this is the segment's own matrix (do not write to it); else a copy,
-        made once per view. Raises InvalidRequest where the copy would exceed 1 GiB (MATRIX_BYTES_MAX).
+        Those that lack a cue's spaces are among them: see `lacking`. With one space, one segment and no dead row this
+        is the segment's own matrix (do not write to it); else a copy, made once per view. Raises InvalidRequest where
+        the copy would exceed 1 GiB (MATRIX_BYTES_MAX).
         """
         return self._matrix
 

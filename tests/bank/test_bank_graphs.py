@@ -12,6 +12,7 @@ from torch import Tensor
 from service.bank import Bank, Found, Layout, Rows, SpaceLayout, View
 from service.bank.segment import SPARSE_SHARE
 from service.bank.view import MATRIX_BYTES_MAX
+from service.core.similarity import Similarity
 from service.errors import (
     InvalidRequest,
     InvalidVector,
@@ -124,6 +125,17 @@ def test_many_dead_rows_are_scanned_round_and_few_are_not() -> None:
     assert not bank.seal_due()
     torch.testing.assert_close(bank.view().search({"v": cues}, {"v": 1.0}, K).scores, scanned.scores)
     assert len(bank.view().parts[0].segment.ids) == 500
+
+
+def test_an_empty_bank_is_small_whatever_its_spaces() -> None:
+    """As many spaces as a collection may have, of the largest dimension: not one row of it is stored yet."""
+    widest = Layout(tuple(SpaceLayout(str(i), 65_536) for i in range(16)))
+    assert Bank(widest).sizes()["patterns"] <= 20_000_000
+    assert Bank(Layout((SpaceLayout("v", 784),))).sizes()["patterns"] <= 2**20 + 10_000
+    rows = np.random.default_rng(10).normal(size=(40, 65_536)).astype(np.float32)
+    bank = filled(Layout((SpaceLayout("v", 65_536),)), {"v": rows}, at_once=3)
+    kept = bank.view().read_out(bank.view().rows_of(["39"])[:, None], torch.ones(1, 1), "v")
+    torch.testing.assert_close(kept, torch.from_numpy(rows[39:]), rtol=1e-5, atol=1e-6)
 
 
 def test_a_short_answer_of_a_graph_falls_back_to_the_scan() -> None:
@@ -270,6 +282,23 @@ def test_huge_tiny_and_zero_values_stay_finite() -> None:
     torch.testing.assert_close(kept, torch.from_numpy(rows[:2]), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "neg_l2"])
+def test_lacking_says_who_is_no_candidate(similarity: Similarity) -> None:
+    """In every order of rows, dead ones and several parts among them: `search` returns exactly those that do not lack
+    the space."""
+    bank = Bank(Layout((SpaceLayout("v", 2),), similarity), scan_values_max=0)
+    rows = np.array([[1, 0], [0, 0], [2, 2], [1, 3]], np.float32)
+    bank.write(Rows(["a", "b", "c", "d"], {"v": rows}, [None] * 4), [], 1)
+    assert bank.seal()
+    bank.write(Rows(["c", "e"], {"v": rows[:2]}, [None] * 2), ["d"], 2)
+    view = bank.view()
+    asked = view.rows_of(["e", "a", "no such memory", "b", "c"])
+    assert view.lacking(["v"], asked).tolist() == [True, False, True, True, False]
+    found = view.search({"v": torch.ones(1, 2)}, {"v": 1.0}, 4, exact=True)
+    assert sorted(name for name in view.ids(found.rows)[0] if name is not None) == ["a", "c"]
+    assert view.lacking(["v"], asked[:0]).shape == (0,)
+
+
 def test_what_is_refused() -> None:
     with pytest.raises(InvalidRequest):
         Layout(())
@@ -313,6 +342,8 @@ def test_what_is_refused() -> None:
         view.search({"a": torch.ones(1, 2)}, {"a": 1.0}, 0)
     with pytest.raises(UnknownSpace):
         view.read_out(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), "c")
+    with pytest.raises(UnknownSpace):
+        view.lacking(["a", "c"], torch.zeros(1, dtype=torch.int64))
     with pytest.raises(IndexError):
         view.ids(torch.tensor([[2]]))
 

@@ -170,6 +170,12 @@ class BankMachine(RuleBasedStateMachine):
             assert matrix.shape == (len(model), self.layout.dimension)
             assert {name for (name,) in view.ids(numbers[:, None])} == set(model)
             torch.testing.assert_close(matrix, view.gather(numbers[:, None])[:, 0], rtol=0, atol=0)
+            for names in {self.layout.names, self.layout.names[:1], self.layout.names[-1:]}:
+                lacks = [
+                    not any(model[name][0][space].any() for space in names) for (name,) in view.ids(numbers[:, None])
+                ]
+                assert view.lacking(names, numbers).tolist() == lacks
+                assert view.lacking(names, torch.tensor([-1])).tolist() == [True]
             norms = [float(matrix[i].norm()) for i in range(len(matrix))]
             assert all(norm <= view.norm_max * (1 + 1e-5) for norm in norms)
             sample = view.sample(5, seed=self.version)
