@@ -235,11 +235,15 @@ def _show(answer: Recall) -> None:
     if answer.matches:
         out.print(table)
     if answer.recall is not None:
-        energy = " → ".join(f"{value:.4f}" for value in answer.recall.energy)
-        out.print(f"energy {energy} ({answer.recall.outcome}, β {answer.recall.beta:.1f})")
+        out.print(f"energy {energies(answer.recall.energy)} ({answer.recall.outcome}, β {answer.recall.beta:.1f})")
     for warning in answer.warnings:
         out.print(f"[yellow]{escape(warning)}[/]")
     out.print(" · ".join(f"{stage} {ms:.1f}" for stage, ms in answer.timings_ms.items()) + " ms", style="dim")
+
+
+def energies(values: Sequence[float | None]) -> str:
+    """The way of the energy; a dash where it is not known."""
+    return " → ".join("–" if value is None else f"{value:.4f}" for value in values) or "–"
 
 
 def _because(answer: Recall) -> str:

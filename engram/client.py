@@ -2,7 +2,8 @@
 
 Rules:
 - Both ways give the same replies and raise the same errors; only `Client(...)` differs.
-- An image is a path, the file's bytes, a Pillow image, or a uint8 or boolean array of (height, width[, channels]).
+- An image is a path, the file's bytes, a Pillow image of any mode, or a uint8 or boolean array of
+  (height, width[, channels]).
 - A mask is an image, white (or True) where the cue's image is missing.
 - A batch reports per item: a picture that cannot be read does not stop the others from being stored.
 """
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 DEFAULT_URL = "http://127.0.0.1:8000"
 BATCH = 64  # memories a request: an encoder's batch or two, so that progress shows and one request stays short
 BATCH_BYTES_MAX = 24 * 2**20  # pictures in one request: well under what a server accepts by default (64 MiB)
+CONVERTED = {
+    "RGBX": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "LAB": "RGB", "HSV": "RGB", "La": "LA", "PA": "RGBA", "RGBa": "RGBA",
+}  # colour modes of Pillow's that PNG does not have  # fmt: skip
+WIDE_MODES = ("I", "F", "I;16L")  # nor these: they go as TIFF, and the engine scales them to 8 bits as in any file
 POLL_S = 0.2  # between two looks at a calibration, which takes seconds
 
 
@@ -224,14 +229,28 @@ def _image(image: ImageLike) -> Body:
     from PIL import Image  # only pictures that are not files need it
 
     if isinstance(image, np.ndarray):
-        try:
-            drawn = Image.fromarray(image.astype(np.uint8) * 255 if image.dtype == np.bool_ else image)
-        except TypeError:
-            raise InvalidImage(f"an array of {image.dtype} and shape {image.shape} is not a picture") from None
+        drawn = Image.fromarray(_pixels(image))
     elif isinstance(image, Image.Image):
         drawn = image
     else:
         raise InvalidImage(f"an image is a path, bytes, a Pillow image or an array, not {type(image).__name__}")
     file = io.BytesIO()
-    drawn.save(file, "PNG")
+    try:
+        if drawn.mode in CONVERTED:
+            drawn = drawn.convert(CONVERTED[drawn.mode])
+        drawn.save(file, "TIFF" if drawn.mode in WIDE_MODES else "PNG")
+    except Exception as error:  # Pillow may read the picture's file only now, and raises nearly anything on a bad one
+        what = f"a Pillow image, {drawn.mode} of {drawn.width}x{drawn.height}"
+        raise InvalidImage(f"{what}, cannot be made a file: {error}") from error
     return {"base64": file.getvalue()}
+
+
+def _pixels(array: NDArray[Any]) -> NDArray[np.uint8]:
+    shaped = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 2, 3, 4))
+    if array.dtype not in (np.uint8, np.bool_) or not shaped or not array.size:
+        raise InvalidImage(
+            f"an array of {array.dtype} and shape {array.shape} is not a picture: uint8 or bool, and (height, width) "
+            "or (height, width, 1 to 4 channels), none of them 0, is one"
+        )
+    pixels = array.astype(np.uint8) * np.uint8(255) if array.dtype == np.bool_ else array
+    return pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels

@@ -98,10 +98,12 @@ class Match(Reply):
 
 @dataclass(frozen=True)
 class Dynamics(Reply):
+    """`energy`: before, and after each step; None where it is no finite number."""
+
     steps: int
     converged: bool
     outcome: str
-    energy: tuple[float, ...]
+    energy: tuple[float | None, ...]
     margin: float | None
     beta: float
     support: int

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from engram.cli import COLOURS, energies
 from engram.demo.cues import Cue, Trial
 from engram.replies import CollectionInfo, Recall
 
-COLOURS: dict[str | None, str] = {"known": "green", "ambiguous": "yellow", "unknown": "cyan", "uncalibrated": "magenta"}
 ACCEPTED = ("known", "ambiguous")
 
 
@@ -105,8 +105,10 @@ def print_shown(console: Console, shown: Shown) -> None:
     grid.add_row("  matches", matches)
     if recall.recall is not None:
         dynamics = recall.recall
-        energies = " → ".join(f"{energy:.4f}" for energy in dynamics.energy)
-        grid.add_row("  energy", f"{energies}  ({dynamics.outcome}, steps {dynamics.steps}, β {dynamics.beta:.1f})")
+        grid.add_row(
+            "  energy",
+            f"{energies(dynamics.energy)}  ({dynamics.outcome}, steps {dynamics.steps}, β {dynamics.beta:.1f})",
+        )
     if recall.gate is not None:
         gate = recall.gate
         relation = "over" if gate.score > gate.threshold else "not over"

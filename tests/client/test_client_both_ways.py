@@ -87,6 +87,84 @@ def test_an_image_may_be_a_path_bytes_a_pillow_image_or_an_array(
     assert collection.content("path") == data
 
 
+MODES = (
+    "1",
+    "L",
+    "LA",
+    "La",
+    "P",
+    "PA",
+    "RGB",
+    "RGBA",
+    "RGBa",
+    "RGBX",
+    "CMYK",
+    "YCbCr",
+    "LAB",
+    "HSV",
+    "I",
+    "F",
+    "I;16",
+)
+
+
+def test_a_pillow_image_of_any_mode_is_read(client: Client, new_name: NewName) -> None:
+    """Each is mid-grey but for what its mode adds: recall by the same picture in RGB finds it."""
+    grey = Image.fromarray(picture(1)).convert("L")
+    drawn = {mode: in_mode(grey, mode) for mode in MODES}
+    collection = client.create_collection(new_name(), PIXELS)
+    reply = collection.store({"id": mode, "image": image} for mode, image in drawn.items())
+    assert [(result.id, result.error) for result in reply.results] == [(mode, None) for mode in MODES]
+    answer = collection.recall(image=grey, limit=len(MODES))
+    similarity = {match.id: match.similarity for match in answer.matches}
+    assert all(similarity[mode] > (0.5 if mode == "1" else 0.98) for mode in MODES), similarity
+
+
+def in_mode(grey: Image.Image, mode: str) -> Image.Image:
+    if mode in ("I", "F"):
+        return grey.convert("F").point(lambda value: value * (1 / 255)) if mode == "F" else grey.convert("I")
+    if mode == "I;16":
+        return Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    by_way_of = {"La": "LA", "RGBa": "RGBA", "LAB": "RGB", "HSV": "RGB", "PA": "P"}
+    start = grey.convert(by_way_of[mode]) if mode in by_way_of else grey
+    return start.convert(mode)
+
+
+@pytest.mark.parametrize(
+    ("image", "told"),
+    [
+        (np.zeros((0, 5), np.uint8), "uint8 and shape (0, 5)"),
+        (np.zeros((5, 0, 3), bool), "bool and shape (5, 0, 3)"),
+        (np.zeros(4, np.uint8), "shape (4,)"),
+        (np.zeros((), np.uint8), "shape ()"),
+        (np.zeros((4, 4, 0), np.uint8), "shape (4, 4, 0)"),
+        (np.zeros((4, 4, 5), np.uint8), "shape (4, 4, 5)"),
+        (np.zeros((1, 4, 4, 3), np.uint8), "shape (1, 4, 4, 3)"),
+        (np.zeros((4, 4), np.float32), "float32"),
+        (np.zeros((4, 4), np.int64), "int64"),
+        (Image.new("RGB", (0, 3)), "RGB of 0x3"),
+        (Image.open(io.BytesIO(png(picture(1))[:200])), "truncated"),
+        (3, "not int"),
+    ],
+)
+def test_what_is_no_picture_is_said_to_be_none(client: Client, new_name: NewName, image: Any, told: str) -> None:
+    collection = client.create_collection(new_name(), PIXELS)
+    with pytest.raises(InvalidImage) as raised:
+        collection.recall(image=image)
+    assert told in raised.value.detail
+    assert [r.error and r.error.code for r in collection.store([{"image": image}]).results] == [InvalidImage.code]
+
+
+def test_a_channel_may_be_one_or_two(client: Client, new_name: NewName) -> None:
+    collection = client.create_collection(new_name(), PIXELS)
+    grey = picture(1)[:, :, :1]
+    opaque = np.concatenate([grey, np.full_like(grey, 255)], axis=2)
+    arrays = {"flat": grey[:, :, 0], "one": grey, "two": opaque, "mask": grey > 128}
+    assert not collection.store({"id": name, "image": array} for name, array in arrays.items()).errors
+    similarity = {match.id: match.similarity for match in collection.recall(image=grey).matches}
+    assert [similarity[name] > 0.999 for name in ("flat", "one", "two")] == [True] * 3
+
+
 def test_recall_of_a_whole_picture_from_its_left_half(client: Client, new_name: NewName) -> None:
     collection = with_pictures(client, new_name())
     hidden = np.zeros((24, 24), dtype=bool)

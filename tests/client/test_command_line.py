@@ -11,8 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
+from engram.cli import energies
+from engram.demo.cues import Cue
 from engram.demo.data import PHOTOGRAPHS
+from engram.demo.report import Shown, print_shown
+from engram.replies import Recall
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Serving = Callable[..., AbstractContextManager[str]]
@@ -105,6 +110,20 @@ def test_an_error_of_the_server_is_one_line_with_its_code(run_engram: Run, serve
     assert done.returncode == 1
     assert done.stderr.startswith("There is no such collection: ")
     assert done.stderr.endswith("(collection_not_found)\n")
+
+
+@pytest.mark.parametrize(("energy", "told"), [([], "–"), ([None, -1.5], "– → -1.5000"), ([0.25], "0.2500")])
+def test_energies_that_are_not_known_are_dashes(
+    energy: list[float | None], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dynamics = {"steps": 1, "converged": False, "outcome": "unfinished", "energy": energy, "margin": None, "beta": 2.0}
+    dynamics |= {"support": 0, "certified": False, "error_bound": None}
+    answer = {"verdict": "unknown", "matches": [], "recall": dynamics, "gate": None, "version": 1, "timings_ms": {}}
+    assert energies(energy) == told
+    cue = Cue("a stranger", "photos", None, text="nobody")
+    print_shown(Console(width=200), Shown(cue, Recall.of(answer)))
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("energy")]
+    assert line.split() == f"energy {told} (unfinished, steps 1, β 2.0)".split()
 
 
 def test_misuse_is_told_from_refusal(run_engram: Run) -> None:
