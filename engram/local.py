@@ -5,10 +5,12 @@ The only module of the client that imports the engine, and torch with it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import structlog
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from engram.transport import Body
@@ -17,6 +19,7 @@ from service.api.bodies import validate
 from service.app.engine import Engine
 from service.app.schemas import CollectionConfig, DeleteRequest, Name, RecallRequest, StoreRequest, faults
 from service.errors import InvalidRequest
+from service.observability import configure_logging
 from workers.loop import running
 
 _name: TypeAdapter[str] = TypeAdapter(Name)
@@ -24,6 +27,8 @@ _name: TypeAdapter[str] = TypeAdapter(Name)
 
 class LocalTransport:
     def __init__(self, path: Path) -> None:
+        if not structlog.is_configured():  # else the program around the engine has its own way
+            configure_logging(logging.WARNING)
         with ExitStack() as opened:  # whatever was opened is closed again if the next thing fails
             self._engine = opened.enter_context(Engine(settings.load({}, data=path)))
             opened.enter_context(running(self._engine))
@@ -58,7 +63,7 @@ class LocalTransport:
         return self._engine.content(name, memory_id)[0]
 
     def delete_memories(self, name: str, ids: Sequence[str]) -> Body:
-        return _body(self._engine.delete_memories(name, validate(DeleteRequest, {"ids": list(ids)})))
+        return _body(self._engine.delete_memories(name, validate(DeleteRequest, {"ids": list(ids)}).ids))
 
     def count(self, name: str) -> int:
         return self._engine.count(name).count
