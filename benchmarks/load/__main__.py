@@ -20,7 +20,8 @@ from pathlib import Path
 
 from benchmarks.load import data
 from benchmarks.load.measure import LIMIT, SUPPORT, Row, in_own_process
-from benchmarks.load.server import COLLECTION, ask, fill, recalled, requests, serving, wait_until_settled
+from benchmarks.load.server import COLLECTION, HOST, fill, recalled, requests, serving, wait_until_settled
+from engram import Client
 
 MEMORIES = 60_000
 CUES = 4_000  # the share of first hits is then known to ± .004
@@ -35,7 +36,8 @@ def over_http(folder: Path, memories: int, cues: int) -> list[Row]:
         load_s = fill(port, images)
         say(f"stored in {load_s:.1f} s; waiting for graphs and calibration")
         started = time.perf_counter()
-        wait_until_settled(lambda: ask(port, "GET", f"/v1/collections/{COLLECTION}")[1], memories)
+        with Client(f"http://{HOST}:{port}") as client:
+            wait_until_settled(client.collection(COLLECTION), memories)
         say(f"at rest after {time.perf_counter() - started:.1f} s more")
         return [
             recalled("Engram over HTTP, 1 client", port, pid, asked, own, 1, load_s),

@@ -32,7 +32,7 @@ def main(folder: str, memories: int, cues: int) -> None:
     started = time.perf_counter()
     with Client(path=folder) as client:
         collection = client.collection(COLLECTION)
-        wait_until_settled(lambda: client._transport.get_collection(COLLECTION), memories)
+        wait_until_settled(collection, memories)
         load_s = time.perf_counter() - started
         own = data.cue_rows(memories, cues)
         asked = data.masked(data.images()[own])

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.load.measure import LIMIT, Row, row, rss_mb
+from engram import Collection
 
 COLLECTION = "fashion"
 STORED_AT_ONCE = 500
@@ -93,16 +94,16 @@ def fill(port: int, images: np.ndarray) -> float:
     return time.perf_counter() - started
 
 
-def wait_until_settled(info: Callable[[], dict[str, Any]], memories: int) -> None:
+def wait_until_settled(collection: Collection, memories: int) -> None:
     """Wait until all memories are there, the calibration is current and sealing has come to rest."""
     deadline = time.monotonic() + SETTLE_TIMEOUT_S
     last, since = None, time.monotonic()
     while time.monotonic() < deadline:
-        now = info()
-        state = (now["count"], now["calibration"]["state"], now["bytes"])
+        info = collection.info()
+        state = (info.count, info.calibration.state, info.bytes)
         if state != last:
             last, since = state, time.monotonic()
-        settled = now["count"] == memories and now["calibration"]["state"] == "current" and not now["indexing"]
+        settled = info.count == memories and info.calibration.state == "current" and not info.indexing
         if settled and time.monotonic() - since > SETTLED_S:
             return
         time.sleep(0.25)
