@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -62,4 +64,6 @@ def serve(
         key = settings.api_key.get_secret_value() if settings.api_key is not None else None
         app = create_app(engine, api_key=key, body_bytes_max=settings.body_bytes_max)
         config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S)
+        # uvicorn raises the signal it stopped for once more; as an exit it leaves this block, which closes the engine.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         Server(config).run(sockets=[sock])

@@ -216,7 +216,8 @@ v1.add_api_route(
 @v1.post("/collections/{collection}/memories/delete", tags=["memories"], openapi_extra=_body(DeleteRequest))
 async def delete_memories(collection: CollectionName, request: Request, engine: Engine_, pool: Pool_) -> DeleteReply:
     """Delete memories by id; ids that are not there are left out of the answer."""
-    return await pool.run(engine.delete_memories, collection, await bodies.read(request, DeleteRequest))
+    ids = (await bodies.read(request, DeleteRequest)).ids
+    return await pool.run(engine.delete_memories, collection, ids)
 
 
 @v1.post("/collections/{collection}/memories/count", tags=["memories"])
@@ -245,7 +246,7 @@ async def get_memory(collection: CollectionName, id: Id, engine: Engine_, pool: 
 
 @v1.delete("/collections/{collection}/memories/{id:path}", tags=["memories"])
 async def delete_memory(collection: CollectionName, id: Id, engine: Engine_, pool: Pool_) -> DeleteReply:
-    return await pool.run(engine.delete_memories, collection, DeleteRequest(ids=[id]))
+    return await pool.run(engine.delete_memories, collection, [id])
 
 
 # --- operations -------------------------------------------------------------------------------------------------------

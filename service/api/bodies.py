@@ -61,7 +61,7 @@ async def read_store(request: Request) -> StoreRequest:
         image = item.get("image") if isinstance(item, dict) else None
         if isinstance(image, dict) and image.keys() == {"part"}:
             # A part that is missing stays as it is, and that item alone is refused.
-            item["image"] = parts.get(image["part"], image)
+            item["image"] = parts.get(str(image["part"]), image)
     return validate(StoreRequest, fields)
 
 

@@ -6,6 +6,7 @@ One plain ASGI layer rather than several dependencies: it costs a request micros
 from __future__ import annotations
 
 import hmac
+import ipaddress
 from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -49,7 +50,13 @@ class Edge:
         except EngramError as error:
             await as_response(error)(scope, receive, counted)
             return
-        await self.app(scope, bounded, counted)
+        try:
+            await self.app(scope, bounded, counted)
+        except Exception:
+            # The layer outside this one answers it with a 500.
+            if self.metrics is not None:
+                self.metrics.answered(scope["method"], 500)
+            raise
 
     def _check(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
         """Raises `Unauthorized`, `CrossSite`, `BodyTooLarge`."""
@@ -57,6 +64,9 @@ class Edge:
         guarded = self.bearer is not None and scope["path"].startswith(GUARDED)
         if guarded and not hmac.compare_digest(given, self.bearer or b""):
             raise Unauthorized("send the header Authorization: Bearer <key>")
+        # Without a key the server answers on loopback alone; another name for that address is a rebound one.
+        if self.bearer is None and not _is_loopback(headers.get(b"host", b"").decode("latin-1")):
+            raise CrossSite("without an API key the server answers to localhost and loopback addresses only")
         # A page of another site can make a visitor's browser post to a server on loopback, where no key is asked for.
         origin = headers.get(b"origin")
         foreign = origin is not None and origin.partition(b"://")[2] != headers.get(b"host")
@@ -65,3 +75,14 @@ class Edge:
         declared = headers.get(b"content-length", b"")
         if self.body_bytes_max is not None and declared.isdigit() and int(declared) > self.body_bytes_max:
             raise BodyTooLarge(f"the body has {int(declared)} bytes; send at most {self.body_bytes_max} at once")
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether a Host header (`name[:port]`) names this machine's loopback. None at all is no browser's."""
+    name = host.partition("]")[0].removeprefix("[") if host.startswith("[") else host.partition(":")[0]
+    if name in ("", "localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

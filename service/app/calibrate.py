@@ -14,6 +14,7 @@ import base64
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from service.app.cues import CueBlocks, Parts, encode_cues, stack, whole_state
+from service.app.cues import CueBlocks, Parts, encode_cues, in_batches, stack, whole_state
 from service.app.live import LiveCollection
 from service.app.resources import Resources
 from service.app.schemas import CalibrationRecord, PrototypesSpec
@@ -31,7 +32,6 @@ from service.core.gate import calibrate, log_mass, prototypes
 from service.core.similarity import scores
 from service.encoders.corruption import Corruption, Target, corrupt_picture, corrupt_text, corrupt_vectors
 from service.encoders.picture import read_picture
-from service.encoders.protocol import Picture
 from service.errors import CalibrationRefused, EngramError
 from service.storage.jobs import Job
 
@@ -41,11 +41,12 @@ CUES_MAX = (
 SUPPORT = 64  # rows whose mass the gate sums, in calibration and in recall alike
 MARGIN_SHARE = 0.95  # share of the declared cues whose own memory auto β must settle on
 STORED_SAMPLE = 64  # patterns that the margin of an uncalibrated modality is estimated on
-ENCODE_BATCH = 32
 QUIET_S = 1.0  # calibration starts when no write has come for this long,
 QUIET_WAIT_MAX_S = 30.0  # or after waiting this long for quiet
 TARGET: dict[str, Target] = {"image": "image", "text": "text", "vectors": "vector"}
-SEED = 0  # calibration repeats exactly on the same memories
+# Calibration repeats exactly on the same memories. Not a seed that data may have been made with: noise equal to the
+# stored vectors is no noise.
+SEED = 0xE17A_CA1B_0C3D
 
 
 def gate_scores(live: LiveCollection, cue: Mapping[str, Tensor], nearest: Tensor, record: CalibrationRecord) -> Tensor:
@@ -97,7 +98,9 @@ def stored_margin(live: LiveCollection, view: View, spaces: tuple[str, ...]) -> 
         cue = {name: part for name, part in zip(live.spaces, parts, strict=True) if name in spaces}
         weights = {name: live.spaces[name].weight for name in spaces}
         scores = view.search(cue, weights, 2).scores
-        margin = float((scores[:, 0] - scores[:, 1]).median())
+        margins = scores[:, 0] - scores[:, 1]
+        margins = margins[margins.isfinite()]  # a memory that lacks these spaces finds nothing, itself included
+        margin = float(margins.median()) if len(margins) else None
     live.margins[spaces] = (view.count, margin)
     return margin
 
@@ -111,31 +114,38 @@ def calibrate_collection(
     ids = [memory_id for line in view.ids(rows[:, None]) for memory_id in line if memory_id is not None]
     plans = list(_plans(live))
     records: dict[str, CalibrationRecord] = {}
-    for done, (sources, corruptions) in enumerate(plans):
+    for done, plan in enumerate(plans):
         cues: list[CueBlocks] = []
         own: list[str] = []
-        for encoded, owners in _make_cues(live, resources, ids, sources, corruptions):
-            cues.extend(encoded)
-            own.extend(owners)
+        for batch in in_batches(_corrupted_cues(live, resources, ids, plan)):
+            for (memory_id, _), cue in zip(batch, encode_cues(live, [parts for _, parts in batch], None), strict=True):
+                if isinstance(cue, CueBlocks):  # else the corruption left nothing of it
+                    cues.append(cue)
+                    own.append(memory_id)
             progress((done + min(1.0, len(cues) / CUES_MAX)) / len(plans))
         by_modality: dict[str, list[int]] = {}
         for i, cue in enumerate(cues):
             by_modality.setdefault(cue.modality, []).append(i)
         for modality, members in by_modality.items():
             records[modality] = _calibrate_modality(
-                live, view, modality, [cues[i] for i in members], [own[i] for i in members], corruptions
+                live, view, modality, [cues[i] for i in members], [own[i] for i in members], plan.corruptions
             )
     return records
 
 
-Plan = tuple[tuple[str, ...], list[Corruption]]
+@dataclass(frozen=True)
+class _Plan:
+    """A kind of cue to make: from which sources, corrupted how; of the callers' own vectors, in which spaces."""
+
+    sources: tuple[str, ...]
+    corruptions: list[Corruption]
+    spaces: frozenset[str] = frozenset()
 
 
-def _plans(live: LiveCollection) -> Iterator[Plan]:
-    """Which kinds of cue to make: (sources, corruptions). A plan of several sources fills all their spaces
-    at once.
-    """
+def _plans(live: LiveCollection) -> Iterator[_Plan]:
+    """A plan of several sources fills all their spaces at once."""
     encoded = [space for space in live.spaces.values() if space.encoder is not None]
+    own = [space.name for space in live.spaces.values() if space.encoder is None]
     pictures = [c for c in live.corruptions if "image" in c.applies_to]
     texts = [c for c in live.corruptions if "text" in c.applies_to]
     vectors = [c for c in live.corruptions if "vector" in c.applies_to]
@@ -144,66 +154,60 @@ def _plans(live: LiveCollection) -> Iterator[Plan]:
     for masked in (False, True):
         kinds = [c for c in pictures if c.hides == masked]
         if has_image and kinds:
-            yield ("image",), kinds
+            yield _Plan(("image",), kinds)
             if has_text and texts:
-                yield ("image", "text"), kinds + texts
+                yield _Plan(("image", "text"), kinds + texts)
     if has_text and texts:
-        yield ("text",), texts
-    if vectors and any(space.encoder is None for space in live.spaces.values()):
-        yield ("vectors",), vectors
+        yield _Plan(("text",), texts)
+    if vectors:
+        for filled in dict.fromkeys([frozenset(own), *(frozenset([name]) for name in own)]):
+            if filled:
+                yield _Plan(("vectors",), vectors, filled)
 
 
-def _make_cues(
-    live: LiveCollection, resources: Resources, ids: Sequence[str], sources: tuple[str, ...],
-    corruptions: Sequence[Corruption],
-) -> Iterator[tuple[list[CueBlocks], list[str]]]:  # fmt: skip
-    """Corrupted cues in batches, each with the id of its own memory: every memory once per corruption, at most
-    `CUES_MAX`.
+def _corrupted_cues(
+    live: LiveCollection, resources: Resources, ids: Sequence[str], plan: _Plan
+) -> Iterator[tuple[str, Parts]]:
+    """Corrupted cues with the id of their own memory: every memory once per corruption, at most `CUES_MAX`.
+
+    Left out: a memory that lacks what the cue is made from, that was deleted meanwhile or whose original cannot be
+    read.
     """
-    rng = np.random.default_rng(SEED)
-    first = [c for c in corruptions if TARGET[sources[0]] in c.applies_to]
-    second = [c for c in corruptions if TARGET[sources[-1]] in c.applies_to]
-    pairs = list(product(range(len(first)), ids))
+    rng = np.random.default_rng([SEED, live.id])
+    first = [c for c in plan.corruptions if TARGET[plan.sources[0]] in c.applies_to]
+    second = [c for c in plan.corruptions if TARGET[plan.sources[-1]] in c.applies_to]
+    pairs = list(product(first, ids))
     if len(pairs) > CUES_MAX:
         pairs = [pairs[i] for i in np.sort(rng.choice(len(pairs), CUES_MAX, replace=False))]
-    batch: list[Parts] = []
-    owners: list[str] = []
-    for turn, (kind, memory_id) in enumerate(pairs):
-        parts = _corrupted(live, resources, memory_id, sources, first[kind], second[turn % len(second)], rng)
+    for turn, (corruption, memory_id) in enumerate(pairs):
+        try:
+            parts = _corrupted(live, resources, memory_id, plan, corruption, second[turn % len(second)], rng)
+        except EngramError:
+            continue
         if parts is not None:
-            batch.append(parts)
-            owners.append(memory_id)
-        if batch and (len(batch) == ENCODE_BATCH or turn == len(pairs) - 1):
-            encoded = encode_cues(live, batch, None)
-            kept = [(cue, own) for cue, own in zip(encoded, owners, strict=True) if not isinstance(cue, EngramError)]
-            yield [cue for cue, _ in kept], [own for _, own in kept]
-            batch, owners = [], []
+            yield memory_id, parts
 
 
 def _corrupted(
-    live: LiveCollection, resources: Resources, memory_id: str, sources: tuple[str, ...], first: Corruption,
-    second: Corruption, rng: np.random.Generator,
+    live: LiveCollection, resources: Resources, memory_id: str, plan: _Plan, first: Corruption, second: Corruption,
+    rng: np.random.Generator,
 ) -> Parts | None:  # fmt: skip
-    """One memory as a corrupted cue; None where it lacks what the cue is made from, or was deleted meanwhile."""
+    """One memory as a corrupted cue; None where it lacks what the cue is made from."""
     parts = Parts()
-    if sources == ("vectors",):
+    if plan.spaces:
         stored = resources.repository.get_vectors(live.id, memory_id)
-        for name, vector in stored.items():
-            if live.spaces[name].encoder is None:
-                parts.vectors[name] = corrupt_vectors(vector[None], first, rng)[0]
-        return parts if parts.vectors else None
-    try:
-        memory = resources.repository.get_memory(live.id, memory_id)
-    except EngramError:
-        return None
-    if "image" in sources:
+        if not plan.spaces <= stored.keys():
+            return None
+        parts.vectors = {name: corrupt_vectors(stored[name][None], first, rng)[0] for name in plan.spaces}
+        return parts
+    memory = resources.repository.get_memory(live.id, memory_id)
+    if "image" in plan.sources:
         if memory.blob_hash is None:
             return None
-        picture: Picture = read_picture(
-            resources.blobs.get(memory.blob_hash), pixels_max=resources.settings.image_pixels_max
-        )
+        content = resources.blobs.get(memory.blob_hash)
+        picture = read_picture(content, pixels_max=resources.settings.image_pixels_max)
         parts.picture = corrupt_picture(picture, first, rng)
-    if "text" in sources:
+    if "text" in plan.sources:
         if memory.text is None:
             return None
         parts.text = corrupt_text(memory.text, second, rng)
@@ -262,14 +266,14 @@ def run_calibrate_job(resources: Resources, job: Job, beat: Callable[[float], No
     waiting_since = time.monotonic()
     while (now := time.monotonic()) - live.last_write_s < QUIET_S and now - waiting_since < QUIET_WAIT_MAX_S:
         time.sleep(0.05)
-    live.calibration_queued = False  # what is written from here on may ask for another
-    rows = live.bank.view().count
+    live.calibration_job = None  # what is written from here on may ask for another
+    rows, changed = live.bank.view().count, live.changed_rows
     records = calibrate_collection(live, resources, beat)
     dumped = {}
     for modality, record in records.items():
         packed = None if record.prototypes is None else base64.b64encode(record.prototypes).decode()
         dumped[modality] = {**record.model_dump(mode="json"), "prototypes": packed}
     resources.repository.put_gates(live.id, dumped)
-    live.set_records(records, rows)
+    live.set_records(records, rows, live.changed_rows - changed)
     resources.calibrate_if_due(live)
     return {"modalities": [record.model_dump(mode="json") for record in records.values()]}

@@ -49,14 +49,19 @@ def load(resources: Resources, row: Collection) -> LiveCollection:
     gates = resources.repository.get_gates(row.id)
     records = {modality: CalibrationRecord.model_validate(gate.record) for modality, gate in gates.items()}
     if records:
-        live.set_records(records, next(iter(records.values())).rows)
+        made = next(iter(records.values()))
+        gone = max(0, made.rows - live.bank.view().count)
+        live.set_records(records, made.rows, gone + resources.repository.count_since(row.id, made.version))
     return live
 
 
 def delete(resources: Resources, name: str) -> None:
-    """Raises `CollectionNotFound`."""
-    resources.remove(resources.live(name))
+    """Raises `CollectionNotFound`. SQL first: a delete that fails leaves all as it was."""
+    live = resources.lives.get(name)
     resources.repository.delete_collection(name)
+    resources.broken.pop(name, None)
+    if live is not None:
+        resources.remove(live)
 
 
 def info(live: LiveCollection) -> CollectionInfo:

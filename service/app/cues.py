@@ -8,8 +8,9 @@ is farther from its memory than a whole one, so it is calibrated apart.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from service.app.live import LiveCollection, Space
 from service.app.schemas import Cue
 from service.core.similarity import MAGNITUDE_MAX, normalise_rows
 from service.encoders.picture import read_picture
-from service.encoders.protocol import Encoder, Picture
+from service.encoders.protocol import Encoder, Picture, Source
 from service.errors import (
     EmptyText,
     EngramError,
@@ -29,6 +30,11 @@ from service.errors import (
     UnknownSpace,
     WrongDimension,
 )
+
+ENCODE_BATCH = 64  # enough to fill a model's batch, little to do again after a crash
+PIXELS_AT_ONCE = 32 * 2**20  # decoded pixels held for one batch, the last picture aside: 100 MB
+
+SOURCES: tuple[Source, ...] = ("image", "text")
 
 Vectors = dict[str, NDArray[np.float32]]
 
@@ -68,6 +74,23 @@ def read_parts(cue: Cue, live: LiveCollection, pixels_max: int) -> Parts:
     return Parts(picture, cue.text, vectors)
 
 
+T = TypeVar("T")
+
+
+def in_batches(read: Iterable[tuple[T, Parts]]) -> Iterator[list[tuple[T, Parts]]]:
+    """Group what is read for encoding: at most `ENCODE_BATCH`, and no more pictures at once than `PIXELS_AT_ONCE`."""
+    batch: list[tuple[T, Parts]] = []
+    pixels = 0
+    for key, parts in read:
+        batch.append((key, parts))
+        pixels += 0 if parts.picture is None else parts.picture.pixels[..., 0].size
+        if len(batch) == ENCODE_BATCH or pixels >= PIXELS_AT_ONCE:
+            yield batch
+            batch, pixels = [], 0
+    if batch:
+        yield batch
+
+
 def check_vector(vector: NDArray[np.float32], name: str, live: LiveCollection) -> NDArray[np.float32]:
     space = live.spaces.get(name)
     if space is None:
@@ -79,8 +102,8 @@ def check_vector(vector: NDArray[np.float32], name: str, live: LiveCollection) -
         raise InvalidVector(f"the vector for space {name} holds a NaN, an infinity, or values too large to square")
     if live.similarity != "cosine" and np.abs(vector).max() > MAGNITUDE_MAX:
         raise InvalidVector(f"values compared by {live.similarity} are at most {MAGNITUDE_MAX:g} in size")
-    if squared == 0 and live.similarity == "cosine":
-        raise InvalidVector(f"the vector for space {name} is zero, and cosine has no direction for it")
+    if squared == 0:
+        raise InvalidVector(f"the vector for space {name} is zero: it stands for a memory that lacks the space")
     return vector
 
 
@@ -96,9 +119,12 @@ def encode_cues(
         for space in spaces:
             if (filled_by := _filler(space, cue)) is not None:
                 fills[space.name] = filled_by
-    rows, lost = _encode(spaces, cues, wanted)
+    rows, lost, failed = _encode(spaces, cues, wanted)
     blocks: list[CueBlocks | EngramError] = []
     for i, (cue, fills) in enumerate(zip(cues, wanted, strict=True)):
+        if i in failed:
+            blocks.append(failed[i])
+            continue
         if not fills:
             names = ", ".join(space.name for space in spaces)
             blocks.append(NothingObserved(f"nothing of this cue fills a space that is searched ({names})"))
@@ -127,16 +153,19 @@ def encode_memories(live: LiveCollection, memories: Sequence[Parts]) -> list[Cue
             ):
                 fills[space.name] = space.config.source
         wanted.append(fills)
-    rows, lost = _encode(spaces, memories, wanted)
+    rows, lost, failed = _encode(spaces, memories, wanted)
     blocks: list[CueBlocks | EngramError] = []
     for i, memory in enumerate(memories):
+        if i in failed:
+            blocks.append(failed[i])
+            continue
         vectors = {
             name: memory.vectors[name] if filled_by == "vectors" else rows[i][name]
             for name, filled_by in wanted[i].items()
         }
         zero = [name for name, vector in vectors.items() if not vector.any()]
-        if live.similarity == "cosine" and zero:
-            blocks.append(InvalidVector(f"its vector in space {zero[0]} is zero, and cosine has no direction for it"))
+        if zero:
+            blocks.append(InvalidVector(f"its vector in space {zero[0]} is zero, as if it lacked the space"))
         else:
             blocks.append(CueBlocks(vectors, modality_of(list(vectors), False), list(dict.fromkeys(lost[i]))))
     return blocks
@@ -173,30 +202,45 @@ def _filler(space: Space, cue: Parts) -> str | None:
 
 def _encode(
     spaces: Sequence[Space], parts: Sequence[Parts], wanted: Sequence[Mapping[str, str]]
-) -> tuple[list[Vectors], list[list[str]]]:
-    """Run each (encoder, source) once over all that need it; spaces that share an encoder share its rows."""
-    users: dict[tuple[str, str], list[Space]] = defaultdict(list)
+) -> tuple[list[Vectors], list[list[str]], dict[int, EngramError]]:
+    """Run each (encoder, source) once over all that need it; spaces that share an encoder share its rows.
+
+    Returns the rows by space, what was lost, and the items that could not be encoded, with why.
+    """
+    users: dict[tuple[str, Source], list[Space]] = defaultdict(list)
     encoders: dict[str, Encoder] = {}
     for space in spaces:
         if space.encoder is not None:
             encoders[space.encoder.fingerprint] = space.encoder
-            for source in ("image", "text"):
+            for source in SOURCES:
                 users[space.encoder.fingerprint, source].append(space)
     rows: list[Vectors] = [{} for _ in parts]
     lost: list[list[str]] = [[] for _ in parts]
+    failed: dict[int, EngramError] = {}
     for (fingerprint, source), sharing in users.items():
         needing = [i for i, fills in enumerate(wanted) if any(fills.get(space.name) == source for space in sharing)]
-        if not needing:
-            continue
-        encoder = encoders[fingerprint]
+        for i, outcome in zip(needing, _run(encoders[fingerprint], source, [parts[i] for i in needing]), strict=True):
+            if isinstance(outcome, EngramError):
+                failed[i] = outcome
+                continue
+            vector, warnings = outcome
+            rows[i].update({space.name: vector for space in sharing if wanted[i].get(space.name) == source})
+            lost[i].extend(warnings)
+    return rows, lost, failed
+
+
+Row = tuple[NDArray[np.float32], tuple[str, ...]]
+
+
+def _run(encoder: Encoder, source: Source, parts: Sequence[Parts]) -> list[Row | EngramError]:
+    """One encoder over a batch. An encoder refuses a batch whole, so after a refusal each item is tried by itself."""
+    if not parts:
+        return []
+    try:
         if source == "image":
-            encoded = encoder.encode_images([p for i in needing if (p := parts[i].picture) is not None])
+            encoded = encoder.encode_images([part.picture for part in parts if part.picture is not None])
         else:
-            encoded = encoder.encode_texts([t for i in needing if (t := parts[i].text) is not None])
-        for row, i in enumerate(needing):
-            for space in sharing:
-                if wanted[i].get(space.name) == source:
-                    rows[i][space.name] = encoded.vectors[row]
-            if encoded.warnings:
-                lost[i].extend(encoded.warnings[row])
-    return rows, lost
+            encoded = encoder.encode_texts([part.text for part in parts if part.text is not None])
+    except EngramError as error:
+        return [error] if len(parts) == 1 else [row for part in parts for row in _run(encoder, source, [part])]
+    return list(zip(encoded.vectors, encoded.warnings or [()] * len(parts), strict=True))

@@ -6,19 +6,22 @@ It is opened on a data folder, which it owns until it is closed. Opening rebuild
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, cast
 
+import structlog
+
 from service.app import collections
 from service.app.batching import MicroBatcher
 from service.app.calibrate import run_calibrate_job
-from service.app.cues import CueBlocks, encode_cues, read_parts
+from service.app.cues import CueBlocks, Parts, encode_cues, in_batches, read_parts
 from service.app.live import LiveCollection
-from service.app.recall import Recalled, Resolved, empty_result, recall_blocks, resolve
+from service.app.recall import Recalled, Resolved, check_size, empty_result, recall_blocks, resolve
 from service.app.resources import CALIBRATE_JOB, Resources
 from service.app.schemas import (
     CollectionConfig,
@@ -26,7 +29,6 @@ from service.app.schemas import (
     CollectionList,
     CountReply,
     DeleteReply,
-    DeleteRequest,
     MemoryInfo,
     Operation,
     OperationList,
@@ -40,7 +42,7 @@ from service.app.schemas import (
 )
 from service.app.store import STORE_JOB, Accepted, accept, reply, run_store_job
 from service.encoders import registry
-from service.errors import ContentNotFound, EngramError
+from service.errors import ContentNotFound, EngramError, NothingObserved
 from service.settings import Settings
 from service.storage.blobs import Blobs
 from service.storage.database import Database
@@ -49,9 +51,12 @@ from service.storage.jobs import Job
 from service.storage.repository import Repository
 from service.storage.writer import Writer
 
+log = structlog.get_logger()
+
 Handler = Callable[[Job, Callable[[float], None]], dict[str, Any]]
 
 STAGES = tuple(Timings.__annotations__)
+OPERATIONS_LISTED = 100
 RECALL_BATCH_MAX = 256  # cues of one micro-batch
 RECALL_QUEUE_MAX = 4_096  # cues waiting: at some thousand recalls a second, about a second's worth
 
@@ -73,35 +78,40 @@ class Engine:
         """Open the data folder and load every collection. Raises `FolderInUse`, `StorageUnavailable`,
         `EncoderMismatch`.
         """
-        self.folder = DataFolder.open(settings.data)
-        try:
-            self._database = Database.open(self.folder.database_path)
-            self._writer = Writer(self._database)
-            self.repository = Repository(self._database, self._writer)
+        with ExitStack() as opened:  # whatever was opened is closed again if the next thing fails
+            self.folder = DataFolder.open(settings.data)
+            opened.callback(self.folder.close)
+            database = Database.open(self.folder.database_path)
+            opened.callback(database.close)
+            writer = Writer(database)
+            opened.callback(writer.close)
+            self.repository = Repository(database, writer)
             self.blobs = Blobs(self.folder.blobs_path)
-            self.resources = Resources(settings, self.repository, self.blobs, registry.make)
-            for row in self.repository.list_collections():
+            make_encoder = partial(registry.make, threads=settings.threads)
+            self.resources = Resources(settings, self.repository, self.blobs, make_encoder)
+            opened.callback(self.resources.close)
+            self._load()
+            self._recalls: MicroBatcher[tuple[LiveCollection, Resolved], CueBlocks, Recalled] = MicroBatcher(
+                "recall", self._run_recalls, batch_max=RECALL_BATCH_MAX, queue_max=RECALL_QUEUE_MAX
+            )
+            opened.callback(self._recalls.close)
+            self._opened = opened.pop_all()
+
+    def _load(self) -> None:
+        """Load every collection. One that cannot be answers its own requests with why; the others are not held up."""
+        for row in self.repository.list_collections():
+            try:
                 self.resources.add(collections.load(self.resources, row))
-            self.repository.release_leases()
-            for live in self.resources.lives.values():
-                live.calibration_queued = self.repository.has_pending(live.id, CALIBRATE_JOB)
-                self.resources.calibrate_if_due(live)
-        except BaseException:
-            self.folder.close()
-            raise
-        self._recalls: MicroBatcher[tuple[LiveCollection, Resolved], CueBlocks, Recalled] = MicroBatcher(
-            "recall", self._run_recalls, batch_max=RECALL_BATCH_MAX, queue_max=RECALL_QUEUE_MAX
-        )
+            except EngramError as error:
+                log.error("a collection could not be loaded", collection=row.name, detail=error.detail)
+                self.resources.broken[row.name] = error
+        self.repository.release_leases()
+        for live in self.resources.lives.values():
+            self.resources.calibrate_if_due(live)
 
     def close(self) -> None:
-        """Answer what waits, then let go: recalls first, then background work, then storage, and the folder's lock
-        last.
-        """
-        self._recalls.close()
-        self.resources.close()
-        self._writer.close()
-        self._database.close()
-        self.folder.close()
+        """Answer what waits, then let go: recalls, then background work, then storage, and the folder's lock last."""
+        self._opened.close()
 
     def __enter__(self) -> Self:
         return self
@@ -150,17 +160,20 @@ class Engine:
         options = resolve(live, request)
         single = request.cue is not None
         cues = [request.cue] if request.cue is not None else request.cues or []
-        read: list[Any] = []
-        for cue in cues:
-            try:
-                read.append(read_parts(cue, live, self.resources.settings.image_pixels_max))
-            except EngramError as error:
-                if single:
-                    raise
-                read.append(error)
-        good = [parts for parts in read if not isinstance(parts, EngramError)]
-        encoded = iter(encode_cues(live, good, options.chosen) if good else ())
-        blocks = [parts if isinstance(parts, EngramError) else next(encoded) for parts in read]
+        check_size(live, options, len(cues))
+        blocks: list[CueBlocks | EngramError] = [NothingObserved("not read yet")] * len(cues)
+
+        def read() -> Iterator[tuple[int, Parts]]:
+            for i, cue in enumerate(cues):
+                try:
+                    yield i, read_parts(cue, live, self.resources.settings.image_pixels_max)
+                except EngramError as error:
+                    blocks[i] = error
+
+        for batch in in_batches(read()):
+            encoded = encode_cues(live, [parts for _, parts in batch], options.chosen)
+            for (i, _), outcome in zip(batch, encoded, strict=True):
+                blocks[i] = outcome
         if single and isinstance(blocks[0], EngramError):
             raise blocks[0]
         return PreparedRecall(live, options, blocks, single, started, time.perf_counter() - started)
@@ -219,12 +232,13 @@ class Engine:
             raise ContentNotFound(f"memory {memory_id} was stored without an image")
         return self.blobs.get(found.blob_hash), found.media_type
 
-    def delete_memories(self, name: str, request: DeleteRequest) -> DeleteReply:
+    def delete_memories(self, name: str, ids: Sequence[str]) -> DeleteReply:
+        """Ids that are not there are left out of the answer."""
         live = self.resources.live(name)
-        deleted = self.repository.delete_memories(live.id, request.ids)
+        deleted = self.repository.delete_memories(
+            live.id, ids, then=lambda deleted: live.follow(None, deleted.ids, deleted.version)
+        )
         if deleted.ids:
-            with live.follow(deleted.version):
-                live.bank.write(None, deleted.ids, deleted.version)
             self.resources.after_write(live)
         return DeleteReply(version=deleted.version, deleted=list(deleted.ids))
 
@@ -250,10 +264,10 @@ class Engine:
         return self._operation(job)
 
     def operations(self) -> OperationList:
-        return OperationList(operations=[self._operation(job) for job in self.repository.list_jobs(limit=100)])
+        return OperationList(operations=[self._operation(job) for job in self.repository.list_jobs(OPERATIONS_LISTED)])
 
     def _operation(self, job: Job) -> Operation:
-        names = {live.id: live.name for live in self.resources.lives.values()}
+        names = {live.id: live.name for live in list(self.resources.lives.values())}
         return Operation(
             id=job.id, kind=job.kind, collection=names.get(job.collection_id or -1), status=job.status,
             progress=job.progress, result=job.result, error=None if job.error is None else Problem(**job.error),

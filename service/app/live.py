@@ -1,23 +1,21 @@
 """A collection in memory: its configuration, encoders, bank and calibration records, kept in step with SQL.
 
-SQL is the truth; this is what follows from it. Commits may finish in any order, so `follow` applies them to the
-bank in the order of their versions.
+SQL is the truth; this is what follows from it, commit by commit, on storage's own thread.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from service.app.schemas import CalibrationRecord, CalibrationState, CollectionConfig, SpaceConfig
-from service.bank import Bank, Layout, SpaceLayout
+from service.bank import Bank, Layout, Rows, SpaceLayout
 from service.core.similarity import Blocks
 from service.encoders.corruption import DEFAULT_CORRUPTIONS, Corruption
 from service.encoders.protocol import Decoder, Encoder
-from service.errors import EncoderMismatch, InvalidRequest, Unavailable
+from service.errors import EncoderMismatch, InvalidRequest
 from service.storage.repository import Collection
 
 STALE_SHARE = (
@@ -80,43 +78,29 @@ class LiveCollection:
         self.bank.write(None, [], row.version)  # an empty bank, too, stands at its collection's version
         self.records: dict[str, CalibrationRecord] = {}
         self.calibrated_rows: int | None = None  # memories at the last calibration; None before the first
+        self.changed_rows = 0  # memories written or deleted since
         self.margins: dict[tuple[str, ...], tuple[int, float | None]] = {}  # see calibrate.stored_margin
         self.last_write_s = 0.0  # monotonic; calibration waits for quiet
         self.sealing = threading.Lock()
-        self.calibration_queued = False  # a calibration waits that has not looked at the bank yet
-        self._followed = row.version
-        self._turn = threading.Condition()
+        self.calibration_job: str | None = None  # a calibration that has not looked at the bank yet
 
-    @contextmanager
-    def follow(self, version: int) -> Iterator[None]:
-        """Run the body when every commit before `version` has reached the bank; then let the next one in."""
-        with self._turn:
-            if not self._turn.wait_for(lambda: self._followed >= version - 1, timeout=FOLLOW_TIMEOUT_S):
-                raise Unavailable(
-                    f"collection {self.name} waits for version {version - 1}; it stands at {self._followed}"
-                )
-        try:
-            yield
-        finally:
-            with self._turn:
-                self._followed = version
-                self.last_write_s = time.monotonic()
-                self._turn.notify_all()
+    def follow(self, rows: Rows | None, deletes: Sequence[str], version: int) -> None:
+        """Bring a commit to the bank. Called by storage in the order of the commits."""
+        self.bank.write(rows, deletes, version)
+        self.changed_rows += len(deletes) + (0 if rows is None else len(rows.ids))
+        self.last_write_s = time.monotonic()
 
-    def set_records(self, records: dict[str, CalibrationRecord], rows: int | None) -> None:
-        self.records, self.calibrated_rows = records, rows
+    def set_records(self, records: dict[str, CalibrationRecord], rows: int, changed_rows: int) -> None:
+        """Keep records made over `rows` memories, of which `changed_rows` have been written or deleted since."""
+        self.records, self.calibrated_rows, self.changed_rows = records, rows, changed_rows
 
     def calibration_state(self) -> CalibrationState:
-        """none: nothing to calibrate with; pending: not done yet; stale: done at another size; current."""
-        count = self.bank.view().count
-        if count == 0:
+        """none: nothing to calibrate with; pending: not done yet; stale: too much has changed since; current."""
+        if self.bank.view().count == 0:
             return "none"
         if self.calibrated_rows is None:
             return "pending"
-        if self.records and all(record.prototypes is not None for record in self.records.values()):
-            return "current"  # fixed prototypes do not grow with the bank, so neither does their mass
-        drifted = abs(count - self.calibrated_rows) > STALE_SHARE * self.calibrated_rows
-        return "stale" if drifted else "current"
+        return "stale" if self.changed_rows > STALE_SHARE * self.calibrated_rows else "current"
 
 
 def _decoder(spaces: Mapping[str, Space]) -> tuple[str, Decoder] | None:

@@ -21,7 +21,7 @@ import orjson
 import torch
 from torch import Tensor
 
-from service.app.calibrate import gate_scores, margin_for
+from service.app.calibrate import SUPPORT, gate_scores, margin_for
 from service.app.cues import CueBlocks, stack, whole_state
 from service.app.live import LiveCollection
 from service.app.schemas import (
@@ -42,11 +42,13 @@ from service.core.similarity import Blocks, overlaps, scores
 from service.core.support import top_k
 from service.core.update import association
 from service.encoders.picture import write_png
-from service.errors import NotDecodable, UnknownSpace
+from service.errors import InvalidRequest, NotDecodable, UnknownSpace
 
 AMBIGUOUS_LOG_ODDS = math.log(3.0)  # step-0 odds of the first two under 3:1 (design: verdicts)
 AMBIGUOUS_WEIGHT = 0.75  # settled weight of the first under this
 OUTCOMES = {int(outcome): outcome.name.lower() for outcome in Outcome}
+REPLY_VALUES_MAX = 4 * 2**20  # numbers in one answer: as JSON some 50 MB
+MATCH_VALUES = 8  # what a match without vectors counts for
 SCORE_ERROR = 1e-6  # float32 rounding of a cosine over some thousand values
 VALUES_MAX = (
     4 * 2**20
@@ -145,12 +147,22 @@ def _recall_blocks(live: LiveCollection, cues: Sequence[CueBlocks], options: Res
     return Recalled(view.version, [results[i] for i in range(len(cues))], watch.seconds)
 
 
+def check_size(live: LiveCollection, options: Resolved, cues: int) -> None:
+    """Refuse a request whose answer would be too large to hold. Raises `InvalidRequest`, saying what fits."""
+    values = live.layout.dimension if options.with_vectors else MATCH_VALUES
+    most = REPLY_VALUES_MAX // (options.limit * values)
+    if cues > max(1, most):
+        raise InvalidRequest(f"{cues} cues with {options.limit} matches each are too many at once; send at most {most}")
+
+
 def _within_memory(
     live: LiveCollection, view: View, members: Sequence[int], options: Resolved
 ) -> Iterator[Sequence[int]]:
-    """Split a batch so that what it gathers stays under `VALUES_MAX`."""
-    gathered = 0 if options.support == "dense" else max(options.support, options.limit) * live.layout.dimension
-    per_cue = gathered or view.count
+    """Split a batch so that what it gathers stays under `VALUES_MAX`; one cue may need more by itself."""
+    dimension = live.layout.dimension
+    per_cue = max(options.support, SUPPORT, options.limit) * dimension if options.support != "dense" else view.count
+    if options.support == "dense" and (options.reconstruct or options.trace):
+        per_cue *= dimension  # the patterns under the weights are read out raw, cue by cue
     size = max(1, VALUES_MAX // max(1, per_cue))
     return (members[start : start + size] for start in range(0, len(members), size))
 
@@ -190,48 +202,57 @@ class _Recall:
         return results
 
     def _search(self) -> None:
-        """The rows that take part, by falling score: `found`; their patterns, gathered per cue or (dense) shared."""
+        """The rows that take part, by falling score: `found`; their patterns, gathered per cue or (dense) shared.
+
+        `nearest` are the best scores of at least `SUPPORT` rows, whatever the support: the gate sums over these, and
+        the first two tell whether a rival is near.
+        """
         options = self.options
         self.order: Tensor | None = None  # dense: the shared patterns' columns by falling score
         if options.support == "dense":
             self.stored, rows = self.view.matrix()
+            hidden = self.view.lacking(list(self.cue), rows)
             self.first_scores = scores(self.blocks, self.stored, self.state, self.observed)
+            self.first_scores = self.first_scores.masked_fill(hidden, -torch.inf)
             self.order = self.first_scores.argsort(dim=1, descending=True, stable=True)
-            self.found = Found(rows[self.order], self.first_scores.gather(1, self.order), exact=True)
-        else:
-            weights = dict(zip(self.live.spaces, self.blocks.weights, strict=True))
-            limit = max(options.support, options.limit)
-            self.found = self.view.search(self.cue, weights, limit, exact=options.exact)
-            self.stored, self.first_scores = self.view.gather(self.found.rows), self.found.scores
+            ordered = self.first_scores.gather(1, self.order)
+            self.found = Found(rows[self.order].masked_fill(ordered == -torch.inf, -1), ordered, exact=True)
+            self.nearest = ordered[:, :SUPPORT]
+            self.valid = (~hidden).expand_as(ordered) if bool(hidden.any()) else None
+            return
+        weights = dict(zip(self.live.spaces, self.blocks.weights, strict=True))
+        limit = max(options.support, options.limit)
+        found = self.view.search(self.cue, weights, max(limit, SUPPORT), exact=options.exact)
+        self.nearest = found.scores[:, :SUPPORT]
+        self.found = Found(found.rows[:, :limit], found.scores[:, :limit], found.exact)
+        self.stored, self.first_scores = self.view.gather(self.found.rows), self.found.scores
+        # Padding is last in a row, so a look at the last column finds it.
+        self.valid = self.found.rows >= 0 if bool((self.found.rows[:, -1] < 0).any()) else None
 
     def _gate(self) -> None:
         """log S per cue; None where there is no threshold: it holds for this modality and the collection's own
-        weights.
-        """
+        weights."""
         self.mass: list[float] | None = None
         record = self.record
         wanted = self.options.gate and self.options.spaces is None
         if wanted and record is not None and record.log_lambda is not None:
-            self.mass = gate_scores(self.live, self.cue, self.found.scores, record).tolist()
+            self.mass = gate_scores(self.live, self.cue, self.nearest, record).tolist()
 
     def _settle(self) -> None:
         options = self.options
-        self.beta = options.beta if options.beta != "auto" else self._auto_beta()
-        # Padding is last in a row, so a look at the last column finds it; a dense support has none.
-        padded = self.order is None and bool((self.found.rows[:, -1] < 0).any())
+        support = self.found.rows.shape[1]
+        self.beta = options.beta if options.beta != "auto" else self._auto_beta(options.separation, support)
         settled = retrieve(
             self.blocks, self.stored, self.state, beta=self.beta, separation=options.separation,
-            observed=self.observed, valid=self.found.rows >= 0 if padded else None, first_scores=self.first_scores,
-            step_size=options.step_size, update_steps_max=options.update_steps_max,
-            clamp_observed=options.clamp_observed, trace=options.trace,
+            observed=self.observed, valid=self.valid, first_scores=self.first_scores, step_size=options.step_size,
+            update_steps_max=options.update_steps_max, clamp_observed=options.clamp_observed, trace=options.trace,
         )  # fmt: skip
         self.settled = settled
         self.weights = settled.weights if self.order is None else settled.weights.gather(1, self.order)
 
-    def _auto_beta(self) -> float:
+    def _auto_beta(self, separation: Separation, support: int) -> float:
         margin = margin_for(self.live, self.view, self.modality, self.record, tuple(self.cue))
-        support = int(self.found.rows.shape[1])
-        return beta_for(margin, self.options.separation, self.view.norm_max, support)
+        return beta_for(margin, separation, self.view.norm_max, support)
 
     def _certify(self) -> None:
         """A certificate belongs to a step whose rows an exact search chose at that step's state, over the blocks it
@@ -243,10 +264,12 @@ class _Recall:
         if options.certify:
             # Every row at the last state, over all blocks; the cost of a dense step, which is what is asked for.
             stored, _ = self.view.matrix()
-            scored, chosen = top_k(overlaps(self.blocks, stored, settled.state), self.found.rows.shape[1])
+            every = overlaps(self.blocks, stored, settled.state)
+            support = min(self.found.rows.shape[1], self.view.count)
+            scored, chosen = (every, None) if support == self.view.count else top_k(every, support)
             weights = separate(options.separation, scored * self.beta)
-            applies = [True] * batch
-            moved = torch.linalg.vector_norm(association(stored[chosen], weights) - settled.state, dim=1)
+            target = association(stored if chosen is None else stored[chosen], weights)
+            applies, moved = [True] * batch, torch.linalg.vector_norm(target - settled.state, dim=1)
         elif self.found.exact:
             scored, applies = self.found.scores, (settled.steps == 1).tolist()
             moved = torch.zeros(batch)
@@ -268,10 +291,13 @@ class _Recall:
         if self.mass is None or self.record is None or self.record.log_lambda is None:
             self.verdicts: list[Verdict] = ["uncalibrated"] * len(self.cues)
             return
-        first = self.found.scores[:, :2]
+        # Odds are softmax's, over the rows that were looked at: a sparse separation and a support of one row settle at
+        # a β that says little of odds.
+        asked = self.options.beta if self.options.separation == "softmax" else "auto"
+        odds_beta = asked if asked != "auto" else self._auto_beta("softmax", self.nearest.shape[1])
         unsure = self.weights.amax(dim=1) < AMBIGUOUS_WEIGHT
-        if first.shape[1] > 1:
-            unsure = unsure | (self.beta * (first[:, 0] - first[:, 1]) < AMBIGUOUS_LOG_ODDS)
+        if self.nearest.shape[1] > 1:
+            unsure = unsure | (odds_beta * (self.nearest[:, 0] - self.nearest[:, 1]) < AMBIGUOUS_LOG_ODDS)
         threshold = self.record.log_lambda
         self.verdicts = [
             "unknown" if mass <= threshold else "ambiguous" if doubt else "known"
@@ -289,15 +315,18 @@ class _Recall:
                 weights = self.settled.step_weights[: steps + 1, i]
                 if self.order is not None:
                     weights = weights[:, self.order[i]]
-                results[i]["trace"] = self._decode(self.found.rows[i].expand(steps + 1, -1), weights)
+                rows = self.found.rows[i : i + 1]
+                results[i]["trace"] = [self._decode(rows, step[None])[0] for step in weights]
 
-    def _decode(self, rows: Tensor, weights: Tensor) -> list[Drawing]:
+    def _decode(self, rows: Tensor, weights: Tensor) -> list[Drawing | None]:
         if self.live.decoder is None or not len(rows):
-            return []
+            return [None] * len(rows)
         name, decoder = self.live.decoder
         latents = self.view.read_out(rows, weights, name)
         pictures = (write_png(pixels) for pixels in decoder.decode(latents.numpy()))
-        return [{"media_type": "image/png", "base64": b64encode(picture).decode()} for picture in pictures]
+        drawings: list[Drawing] = [{"media_type": "image/png", "base64": b64encode(png).decode()} for png in pictures]
+        # Zero latents: none of the memories recalled has anything in the space that draws.
+        return [drawing if some else None for drawing, some in zip(drawings, latents.any(dim=1).tolist(), strict=True)]
 
     def _replies(self) -> list[RecallResult]:
         found, settled, options = self.found, self.settled, self.options
@@ -308,7 +337,8 @@ class _Recall:
         ids = self.view.ids(rows)
         payloads = self.view.payloads(rows) if options.with_payload else None
         vectors = self._raw_vectors(rows) if options.with_vectors else {}
-        margins = (found.scores[:, 0] - found.scores[:, min(1, found.scores.shape[1] - 1)]).tolist()
+        rivals = self.nearest[:, 1] if self.nearest.shape[1] > 1 else torch.full_like(self.nearest[:, 0], -torch.inf)
+        margins = [m if math.isfinite(m) else None for m in (self.nearest[:, 0] - rivals).tolist()]
         supports = (found.rows >= 0).sum(dim=1).tolist()
         steps, outcomes, energies = settled.steps.tolist(), settled.outcome.tolist(), settled.energy.tolist()
         results: list[RecallResult] = []
@@ -329,7 +359,7 @@ class _Recall:
             result["matches"] = matches
             result["recall"] = {
                 "steps": steps[i], "converged": outcomes[i] == Outcome.CONVERGED, "outcome": OUTCOMES[outcomes[i]],
-                "energy": energies[i][: steps[i] + 1], "margin": margins[i] if supports[i] > 1 else None,
+                "energy": energies[i][: steps[i] + 1] if supports[i] else [], "margin": margins[i],
                 "beta": self.beta, "support": supports[i], "certified": self.certified[i],
                 "error_bound": self.error_bound[i],
             }  # fmt: skip

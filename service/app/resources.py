@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import structlog
 
 from service.app.live import LiveCollection, MakeEncoder
-from service.errors import CollectionNotFound
+from service.errors import CollectionNotFound, EngramError
 from service.observability import Metrics
 from service.settings import Settings
 from service.storage.blobs import Blobs
@@ -21,6 +22,12 @@ log = structlog.get_logger()
 CALIBRATE_JOB = "calibrate"
 
 
+@dataclass(frozen=True)
+class _Waiting:
+    collection_id: int
+    done: Future[None]
+
+
 class Resources:
     def __init__(self, settings: Settings, repository: Repository, blobs: Blobs, make_encoder: MakeEncoder) -> None:
         self.settings = settings
@@ -30,8 +37,10 @@ class Resources:
         self.metrics = Metrics()
         self.lives: dict[str, LiveCollection] = {}
         self._by_id: dict[int, LiveCollection] = {}
-        self._waiting: dict[str, Future[None]] = {}
+        self.broken: dict[str, EngramError] = {}  # collections that could not be loaded, and why
+        self._waiting: dict[str, _Waiting] = {}
         self._work = threading.Condition()
+        self._calibrating = threading.RLock()  # `enqueue` may itself find the job ended
         self._sealer = ThreadPoolExecutor(1, thread_name_prefix="seal")
 
     # --- collections ---
@@ -42,16 +51,23 @@ class Resources:
         self.metrics.memories.labels(live.name).set_function(lambda: live.bank.view().count)
 
     def remove(self, live: LiveCollection) -> None:
-        self.lives.pop(live.name, None)
+        """Forget a collection that is gone from SQL, and tell whoever waits for its jobs."""
+        if self.lives.get(live.name) is live:  # the name may be another's by now
+            del self.lives[live.name]
+            self.metrics.forget(live.name)
         self._by_id.pop(live.id, None)
-        self.metrics.memories.remove(live.name)
+        for job_id, waiting in list(self._waiting.items()):
+            if waiting.collection_id == live.id:
+                self.ended(job_id)
 
     def live(self, name: str) -> LiveCollection:
-        """Raises `CollectionNotFound`."""
+        """Raises `CollectionNotFound`, or why the collection could not be loaded."""
         live = self.lives.get(name)
-        if live is None:
-            raise CollectionNotFound(f"there is no collection {name}")
-        return live
+        if live is not None:
+            return live
+        if name in self.broken:
+            raise self.broken[name]
+        raise CollectionNotFound(f"there is no collection {name}")
 
     def live_by_id(self, collection_id: int) -> LiveCollection:
         live = self._by_id.get(collection_id)
@@ -66,7 +82,7 @@ class Resources:
         done: Future[None] = Future()
         job_id = self.repository.enqueue(kind, collection_id, {"items": len(items)}, items)
         with self._work:
-            self._waiting[job_id] = done
+            self._waiting[job_id] = _Waiting(collection_id, done)
             self._work.notify_all()
         # A worker may have finished it before the future was there to be told.
         if self.repository.get_job(job_id).status not in ("queued", "running"):
@@ -74,10 +90,16 @@ class Resources:
         return job_id, done
 
     def ended(self, job_id: str) -> None:
+        """Tell whoever waits for a job that it has ended, however it did."""
         with self._work:
-            done = self._waiting.pop(job_id, None)
-        if done is not None:
-            done.set_result(None)
+            waiting = self._waiting.pop(job_id, None)
+        if waiting is None:
+            return
+        live = self._by_id.get(waiting.collection_id)
+        with self._calibrating:
+            if live is not None and live.calibration_job == job_id:
+                live.calibration_job = None
+        waiting.done.set_result(None)
 
     def wait_for_work(self, timeout_s: float) -> None:
         with self._work:
@@ -100,15 +122,10 @@ class Resources:
             self._sealer.submit(self._seal, live)
 
     def calibrate_if_due(self, live: LiveCollection) -> None:
-        with self._work:
-            if live.calibration_queued or live.calibration_state() not in ("pending", "stale"):
-                return
-            live.calibration_queued = True
-        try:
-            self.enqueue(CALIBRATE_JOB, live.id)
-        except BaseException:
-            live.calibration_queued = False
-            raise
+        with self._calibrating:
+            if live.calibration_job is None and live.calibration_state() in ("pending", "stale"):
+                job_id, done = self.enqueue(CALIBRATE_JOB, live.id)
+                live.calibration_job = None if done.done() else job_id
 
     def _seal(self, live: LiveCollection) -> None:
         try:

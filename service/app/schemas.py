@@ -471,7 +471,7 @@ class RecallResult(TypedDict):
     recall: Dynamics | None
     gate: GateReply | None
     reconstruction: Drawing | None
-    trace: NotRequired[list[Drawing]]
+    trace: NotRequired[list[Drawing | None]]
     warnings: list[str]
     error: ProblemDict | None
 

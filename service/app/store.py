@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import json
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
@@ -22,7 +22,7 @@ import orjson
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from service.app.cues import Parts, Vectors, check_vector, encode_memories
+from service.app.cues import ENCODE_BATCH, Parts, Vectors, check_vector, encode_memories, in_batches
 from service.app.live import LiveCollection
 from service.app.resources import Resources
 from service.app.schemas import (
@@ -40,9 +40,6 @@ from service.errors import EmptyText, EngramError, InvalidRequest
 from service.storage.jobs import ItemAnswer, Job, JobItem, JobItems, NewItem
 from service.storage.memories import MemoryWrite, Written
 
-ENCODE_BATCH = (
-    64  # memories encoded and committed together: enough to fill a model's batch, little to redo after a crash
-)
 STORE_JOB = "store"
 
 
@@ -111,11 +108,16 @@ def reply(resources: Resources, accepted: Accepted) -> StoreReply:
             results[position] = StoredItem.model_validate(outcome)
         versions = [v for v in (accepted.version, job.result["version"]) if v is not None]
         return StoreReply(version=max(versions, default=None), results=results)
-    if job.status in ("failed", "dead", "cancelled"):
-        error = Problem.model_validate(job.error or {"code": "cancelled", "detail": "the operation was cancelled"})
-        queued = StoredItem(id=None, status="error", error=error)
-        results = [queued.model_copy(update={"id": r.id}) if r.status == "queued" else r for r in results]
-    return StoreReply(version=accepted.version, results=results, operation_id=accepted.job_id)
+    if job.status in ("queued", "running"):
+        return StoreReply(version=accepted.version, results=results, operation_id=accepted.job_id)
+    error = Problem.model_validate(job.error or {"code": "cancelled", "detail": "the operation was cancelled"})
+    results = [
+        StoredItem(id=item.id, status="error", error=error) if item.status == "queued" else item for item in results
+    ]
+    version, answered = _answers(resources, accepted.job_id)  # what was done before it ended stands
+    for position, outcome in answered:
+        results[position] = StoredItem.model_validate(outcome)
+    return StoreReply(version=version or accepted.version, results=results)
 
 
 def run_store_job(resources: Resources, job: Job, beat: Callable[[float], None]) -> dict[str, Any]:
@@ -128,47 +130,56 @@ def run_store_job(resources: Resources, job: Job, beat: Callable[[float], None])
     while items := resources.repository.pending_items(job.id, ENCODE_BATCH):
         _store_batch(resources, live, job, items)
         beat(min(1.0, (items[-1].position + 1) / total))
-    results = []
+    version, answered = _answers(resources, job.id)
+    return {"version": version, "results": answered}
+
+
+def _answers(resources: Resources, job_id: str) -> tuple[int | None, list[tuple[int, dict[str, Any]]]]:
+    """What became of a job's items so far: the last version, and (position in the request, `StoredItem`)."""
     version = None
-    for answer in resources.repository.item_answers(job.id):
+    answered = []
+    for answer in resources.repository.item_answers(job_id):
         outcome = answer.result
         version = max(version or 0, outcome.pop("version", 0)) or None
-        results.append((outcome.pop("position"), outcome))
-    return {"version": version, "results": results}
+        answered.append((outcome.pop("position"), outcome))
+    return version, answered
 
 
 def _store_batch(resources: Resources, live: LiveCollection, job: Job, items: Sequence[JobItem]) -> None:
-    read: list[tuple[JobItem, Parts]] = []
+    """Encode and commit items, as many at once as their pictures leave memory for."""
     failures: list[ItemAnswer] = []
-    for item in items:
-        try:
-            read.append((item, _parts_of(resources, item.body)))
-        except EngramError as error:
-            failures.append(_failure(item, error))
-    writes: list[MemoryWrite] = []
-    positions: list[int] = []
-    notes: list[dict[str, Any]] = []
-    for (item, parts), encoded in zip(read, encode_memories(live, [parts for _, parts in read]), strict=True):
-        if isinstance(encoded, EngramError):
-            failures.append(_failure(item, encoded))
-            continue
-        body = item.body
-        writes.append(
-            MemoryWrite(body["id"], parts.text, body["payload"], body["blob_hash"], body["media_type"], encoded.vectors)
-        )
-        positions.append(item.position)
-        notes.append({"position": body["position"], "warnings": [*body["warnings"], *encoded.warnings]})
+
+    def read() -> Iterator[tuple[JobItem, Parts]]:
+        for item in items:
+            try:
+                yield item, _parts_of(resources, item.body)
+            except EngramError as error:
+                failures.append(_failure(item, error))
+
+    for batch in in_batches(read()):
+        writes: list[MemoryWrite] = []
+        positions: list[int] = []
+        notes: list[dict[str, Any]] = []
+        for (item, parts), encoded in zip(batch, encode_memories(live, [parts for _, parts in batch]), strict=True):
+            if isinstance(encoded, EngramError):
+                failures.append(_failure(item, encoded))
+                continue
+            body, vectors = item.body, encoded.vectors
+            writes.append(
+                MemoryWrite(body["id"], parts.text, body["payload"], body["blob_hash"], body["media_type"], vectors)
+            )
+            positions.append(item.position)
+            notes.append({"position": body["position"], "warnings": [*body["warnings"], *encoded.warnings]})
+        if writes:
+            commit(resources, live, writes, JobItems(job.id, positions, notes))
     if failures:
         resources.repository.finish_items(job.id, failures)
-    if writes:
-        commit(resources, live, writes, JobItems(job.id, positions, notes))
 
 
 def commit(
     resources: Resources, live: LiveCollection, writes: Sequence[MemoryWrite], job: JobItems | None = None
 ) -> Written:
-    """Commit memories (with their job items' answers, in one transaction), then let the bank follow."""
-    written = resources.repository.put_memories(live.id, writes, job)
+    """Commit memories (with their job items' answers, in one transaction); the bank follows before anybody is told."""
     rows = Rows(
         ids=[write.id for write in writes],
         vectors={
@@ -177,8 +188,9 @@ def commit(
         },
         payloads=[None if write.payload is None else orjson.dumps(write.payload) for write in writes],
     )
-    with live.follow(written.version):
-        live.bank.write(rows, [], written.version)
+    written = resources.repository.put_memories(
+        live.id, writes, job, then=lambda written: live.follow(rows, [], written.version)
+    )
     resources.metrics.stored.labels(live.name).inc(len(writes))
     resources.after_write(live)
     return written

@@ -37,9 +37,10 @@ from service.errors import InvalidRequest, NothingObserved
 # bounds what one request can ask for.
 UPDATE_STEPS_MAX = 100
 
-# β times a score stays inside float32 (see MAGNITUDE_MAX), and so does Ω / β in the energy.
+# β times a score stays inside float32 (see MAGNITUDE_MAX), and so does Ω / β in the energy. Raw values of 10^12 ask for
+# a β of 10^-19.
 BETA_MAX = 1e9
-BETA_MIN = 1e-9
+BETA_MIN = 1e-30
 
 _SEPARATIONS = ("softmax", *get_args(SparseSeparation))
 

@@ -14,8 +14,8 @@ Rules:
   interrupted.
 - Items are answered in the transaction that does their work, once, and only while the job runs: nothing is done twice,
   and nothing is stored after `cancel` returned.
-- A job that is done or cancelled keeps its result, not its items. One that failed or died keeps them until it is
-  removed.
+- A job that is done keeps its result, not its items; one that was cancelled keeps those answered. One that failed or
+  died keeps all of them until it is removed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
-from sqlalchemy import Connection, bindparam, delete, exists, insert, or_, select, update
+from sqlalchemy import Connection, bindparam, delete, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from service.errors import CollectionNotFound, Conflict, OperationNotFound
@@ -223,14 +223,6 @@ class Jobs:
             rows = connection.execute(select(*_JOB_COLUMNS).order_by(jobs.c.key.desc()).limit(limit))
             return [Job(*row) for row in rows]
 
-    def has_pending(self, collection_id: int, kind: str) -> bool:
-        """Whether a job of this kind is queued or running for the collection."""
-        pending = (
-            (jobs.c.collection_id == collection_id) & (jobs.c.kind == kind) & jobs.c.status.in_(("queued", "running"))
-        )
-        with self._database.read() as connection:
-            return bool(connection.execute(select(exists().where(pending))).scalar_one())
-
     def pending_items(self, job_id: str, limit: int) -> list[JobItem]:
         """The first `limit` items that are not answered yet, in order."""
         query = (
@@ -248,7 +240,7 @@ class Jobs:
         self._writer.submit(lambda connection: answer_items(connection, job_id, answers))
 
     def item_answers(self, job_id: str) -> list[ItemAnswer]:
-        """The items answered so far, in order; gone once the job is done or cancelled."""
+        """The items answered so far, in order; gone once the job is done."""
         query = (
             select(job_items.c.position, job_items.c.status, job_items.c.result)
             .join(jobs)
@@ -311,8 +303,11 @@ def _end(connection: Connection, id_: str, status: Status, **values: Any) -> boo
         .returning(jobs.c.key)
     )
     key = connection.execute(query).scalar()
-    if key is not None and status != "failed":
-        connection.execute(delete(job_items).where(job_items.c.job_key == key))
+    items = delete(job_items).where(job_items.c.job_key == key)
+    if key is not None and status == "done":
+        connection.execute(items)
+    if key is not None and status == "cancelled":
+        connection.execute(items.where(job_items.c.status == "queued"))
     return key is not None
 
 

@@ -10,7 +10,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -102,11 +102,18 @@ class Memories:
     _database: Database
     _writer: Writer
 
-    def put_memories(self, collection_id: int, writes: Sequence[MemoryWrite], job: JobItems | None = None) -> Written:
+    def put_memories(
+        self,
+        collection_id: int,
+        writes: Sequence[MemoryWrite],
+        job: JobItems | None = None,
+        then: Callable[[Written], None] = lambda _: None,
+    ) -> Written:
         """Store or replace memories in one transaction, under one version; of writes with one id the last wins.
 
         With `job`, the items at `job.positions` are answered in the same transaction: {"id", "status", "version"} and
-        the notes. Raises `CollectionNotFound`, `Conflict` (the job no longer runs, or its items are answered), and as
+        the notes. `then` as in `Writer.submit`. Raises `CollectionNotFound`, `Conflict` (the job no longer runs, or its
+        items are answered), and as
         `Writer.submit` does.
         """
         winners = {write.id: write for write in writes}
@@ -137,9 +144,11 @@ class Memories:
                 answer_items(connection, job.job_id, answers)
             return Written(version, statuses)
 
-        return self._writer.submit(run)
+        return self._writer.submit(run, then)
 
-    def delete_memories(self, collection_id: int, ids: Sequence[str]) -> Deleted:
+    def delete_memories(
+        self, collection_id: int, ids: Sequence[str], then: Callable[[Deleted], None] = lambda _: None
+    ) -> Deleted:
         """Delete memories and their patterns in one transaction; ids that do not exist are passed over. Raises
         `CollectionNotFound`."""
 
@@ -154,7 +163,7 @@ class Memories:
             _set_version(connection, collection_id, version + 1)
             return Deleted(version + 1, [id_ for id_ in dict.fromkeys(ids) if id_ in keys])
 
-        return self._writer.submit(run)
+        return self._writer.submit(run, then)
 
     def get_memory(self, collection_id: int, id_: str) -> Memory:
         """Raises `MemoryNotFound`."""
@@ -166,6 +175,12 @@ class Memories:
                 select(patterns.c.space).where(patterns.c.memory_key == values.pop("key")).order_by(patterns.c.space)
             )
             return Memory(id=id_, spaces=tuple(connection.execute(spaces).scalars()), **values)
+
+    def count_since(self, collection_id: int, version: int) -> int:
+        """How many memories were last written after `version`."""
+        query = select(func.count()).where(memories.c.collection_id == collection_id, memories.c.version > version)
+        with self._database.read() as connection:
+            return connection.execute(query).scalar_one()
 
     def get_vectors(self, collection_id: int, id_: str) -> dict[str, Vector]:
         """The memory's blocks by space, each (dimension,) float32. Raises `MemoryNotFound`."""

@@ -38,6 +38,7 @@ QUEUE_MAX = 1024
 @dataclass(frozen=True, eq=False)
 class _Write:
     run: Callable[[Connection], Any]
+    then: Callable[[Any], None]
     answer: Future[Any] = field(default_factory=Future)
 
 
@@ -58,15 +59,17 @@ class Writer:
         self._thread = threading.Thread(target=self._work, name="engram-writer", daemon=True)
         self._thread.start()
 
-    def submit(self, run: Callable[[Connection], T]) -> T:
+    def submit(self, run: Callable[[Connection], T], then: Callable[[T], None] = lambda _: None) -> T:
         """Run `run` in a transaction and return what it returned once that is committed.
 
+        `then(result)` is called after the commit, before anybody is answered, in the order of the commits, and whatever
+        became of the caller meanwhile: what must follow the database in step belongs there, and should be quick.
         Raises what `run` raised (its work is undone), `TooBusy` if the queue is full, `Unavailable` after `close`,
         `StorageFull`, `StorageUnavailable`.
         """
         if threading.current_thread() is self._thread:
             raise RuntimeError("a write cannot wait for another write")
-        write = _Write(run)
+        write = _Write(run, then)
         with self._changed:
             if self._closed:
                 raise Unavailable("The server is shutting down.")
@@ -107,6 +110,11 @@ class Writer:
         for write, outcome in zip(group, outcomes, strict=True):
             if isinstance(outcome, _Failed):
                 write.answer.set_exception(outcome.error)
+                continue
+            try:
+                write.then(outcome)
+            except Exception as error:  # the write stands; its caller hears what did not follow
+                write.answer.set_exception(error)
             else:
                 write.answer.set_result(outcome)
 

@@ -193,19 +193,6 @@ def test_nothing_is_stored_for_items_answered_before_or_a_job_cancelled(reposito
     assert (repository.count(collection.id), repository.get_collection("c").version) == (1, 1)
 
 
-def test_pending_is_queued_or_running_of_that_kind_and_collection(repository, collection):
-    other = repository.create_collection("other", {})
-    assert not repository.has_pending(collection.id, "store")
-    id_ = enqueue(repository, collection)
-    assert repository.has_pending(collection.id, "store")
-    assert not repository.has_pending(collection.id, "calibrate")
-    assert not repository.has_pending(other.id, "store")
-    claim(repository)
-    assert repository.has_pending(collection.id, "store")
-    repository.finish(id_, {})
-    assert not repository.has_pending(collection.id, "store")
-
-
 def test_original_that_waits_for_its_job_is_in_use(repository, collection):
     id_ = enqueue(repository, collection)
     assert repository.blob_hashes_in_use([HASH, "b" * 64]) == {HASH}
