@@ -129,6 +129,8 @@ def test_memories(http: httpx.Client, make: Callable[..., str]) -> None:
     gone = http.post(f"{address}/memories/delete", json={"ids": [other, "nobody"]}).json()
     assert gone["deleted"] == [other]
     assert http.delete(f"{address}/memories/a/b%20c.png").json()["deleted"] == ["a/b c.png"]
+    for never in ("%20x", "%07", "x/content", "%F0%9F%90%88"):
+        assert http.delete(f"{address}/memories/{never}").json()["deleted"] == []
     assert http.post(f"{address}/memories/count").json()["count"] == 0
 
 
@@ -146,6 +148,10 @@ def test_a_form_stores_one_file_or_several(http: httpx.Client, make: Callable[..
     ).json()  # fmt: skip
     assert [item["status"] for item in several["results"]] == ["stored", "stored", "error"]
     assert http.get(f"{address}/memories/b/content").content == png((0, 0, 200))
+    for wrong in ('[{"image": {"part": []}}]', '[{"image": {"part": {"a": 1}}}]', "17", "[[]]"):
+        answer = http.post(f"{address}/store", files={"first": png()}, data={"memories": wrong})
+        assert answer.status_code in (200, 422), wrong
+        assert "stored" not in answer.text
 
 
 def test_bad_items_are_reported_and_the_rest_is_stored(http: httpx.Client, make: Callable[..., str]) -> None:

@@ -86,6 +86,23 @@ def test_a_folder_has_one_owner(serve: Serve, tmp_path: Path) -> None:
         assert server.http.get("/livez").status_code == 200
 
 
+def test_sigterm_closes_everything(serve: Serve, tmp_path: Path) -> None:
+    with serve(tmp_path) as server:
+        server.http.put("/v1/collections/c", json={"spaces": {"v": {"dimension": 2}}}).raise_for_status()
+    assert server.process.returncode == 128 + 15
+    assert not (tmp_path / "engram.db-wal").exists(), "the write-ahead log is folded into the database"
+    assert (tmp_path / "owner.lock").read_text() == ""
+
+
+def test_without_a_key_only_loopback_names_are_answered(serve: Serve, tmp_path: Path) -> None:
+    with serve(tmp_path) as server:
+        for host in ("evil.example:8000", "10.0.0.1", "localhost.evil.example"):
+            refused = server.http.get("/v1/collections", headers={"host": host})
+            assert (refused.status_code, refused.json()["code"]) == (403, "cross_site"), host
+        for host in ("localhost", "localhost:1234", "127.0.0.1:80", "[::1]:8000"):
+            assert server.http.get("/v1/collections", headers={"host": host}).status_code == 200, host
+
+
 def test_a_folder_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("not a folder")
