@@ -171,6 +171,13 @@ class WeightsMissing(Unavailable):
     code, title = "weights_missing", "An encoder's weights are not on this machine"
 
 
+# --- met on the command line ------------------------------------------------------------------------------------------
+
+
+class NotWritable(EngramError):
+    code, title = "not_writable", "The file cannot be written"
+
+
 # --- the server is set up wrongly (met at start-up, on the command line) ----------------------------------------------
 
 

@@ -238,6 +238,20 @@ class _Recall:
         if wanted and record is not None and record.log_lambda is not None:
             self.mass = gate_scores(self.live, self.cue, self.nearest, record).tolist()
 
+    def _why_uncalibrated(self) -> list[str]:
+        """Why there is no verdict, for the reply's warnings; nothing where it was not asked for."""
+        if self.mass is not None or not self.options.gate:
+            return []
+        if self.options.spaces is not None:
+            return [
+                "uncalibrated: a threshold holds for the collection's own spaces and weights, not for the request's"
+            ]
+        if self.record is not None:
+            return [f"uncalibrated: {self.record.refused}"]
+        if self.live.calibration_state() in ("pending", "stale"):
+            return ["uncalibrated: the calibration is under way; ask again in some seconds"]
+        return [f"uncalibrated: no cue that fills {self.modality} could be made from the stored memories"]
+
     def _settle(self) -> None:
         options = self.options
         support = self.found.rows.shape[1]
@@ -342,6 +356,7 @@ class _Recall:
         supports = (found.rows >= 0).sum(dim=1).tolist()
         steps, outcomes, energies = settled.steps.tolist(), settled.outcome.tolist(), settled.energy.tolist()
         results: list[RecallResult] = []
+        why = self._why_uncalibrated()
         for i, cue in enumerate(self.cues):
             matches: list[Match] = []
             for j, memory_id in enumerate(ids[i]):
@@ -355,7 +370,7 @@ class _Recall:
                 if vectors:
                     match["vectors"] = {name: v[i, j].tolist() for name, v in vectors.items() if v[i, j].any()}
                 matches.append(match)
-            result = empty_result(self.verdicts[i], warnings=cue.warnings)
+            result = empty_result(self.verdicts[i], warnings=[*cue.warnings, *why])
             result["matches"] = matches
             result["recall"] = {
                 "steps": steps[i], "converged": outcomes[i] == Outcome.CONVERGED, "outcome": OUTCOMES[outcomes[i]],

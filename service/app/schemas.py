@@ -123,6 +123,10 @@ def faults(error: ValidationFailure) -> str:
     for fault in found[:FAULTS_MAX]:
         where = ".".join(str(part) for part in fault["loc"] if part != "body")
         message = str(fault["msg"]).removeprefix("Value error, ")
+        if fault["type"] == "string_pattern_mismatch":
+            message = (
+                f"a name has letters, digits, _ . and -, begins with a letter or digit, and is not {fault['input']!r}"
+            )
         clauses.append(f"{where}: {message}" if where else message)
     if len(found) > FAULTS_MAX:
         clauses.append(f"and {len(found) - FAULTS_MAX} more")

@@ -83,22 +83,19 @@ def auto_beta(
 
     descending = margins.double().sort(descending=True).values
     wanted = math.ceil(Fraction(repr(share)) * n)
-    served = min(wanted, int((descending > 0).sum()))
     exact = exact_recall_margin(separation)
     log_odds = math.log(2 * (support - 1) / error) if exact is None else exact
     cap = min(UNIT_BETA_MAX / norm_max**2, BETA_MAX)
+    # A margin that asks for more than the cap is rounding's, as between duplicates: no beta settles such a cue.
+    served = min(wanted, int((descending * cap >= log_odds).sum()))
     if served == 0:
-        note = "no sampled cue has its own memory first: no beta recalls it"
+        note = "no sampled cue has its own memory first by more than rounding: no beta recalls it"
         return BetaEstimate(cap, float(descending[wanted - 1]), 0.0, False, note)
     margin = float(descending[served - 1])
     beta = log_odds / margin if margin < math.inf else 1.0
-    notes = []
+    note = ""
     if served < wanted:
-        notes.append(
+        note = (
             f"beta serves {served / n:.3g} of the cues, {share:g} were asked for: the others' own memory is not first"
         )
-    if beta > cap:
-        notes.append(
-            f"a margin of {margin:.3g} asks for beta {beta:.3g}; capped at {cap:.3g}, where rounding starts to decide"
-        )
-    return BetaEstimate(min(beta, cap), margin, served / n, not notes, "; ".join(notes))
+    return BetaEstimate(min(beta, cap), margin, served / n, not note, note)

@@ -66,7 +66,16 @@ def test_beta_stops_where_rounding_starts() -> None:
     estimate = auto_beta(torch.full((10,), 1e-7), separation="softmax", norm_max=2.0, support=64)
     assert not estimate.attainable
     assert estimate.beta == UNIT_BETA_MAX / 4
-    assert "capped" in estimate.note
+    assert "rounding" in estimate.note
+
+
+def test_a_duplicate_does_not_decide_for_the_others() -> None:
+    """Duplicates leave margins of rounding's size: these cues cannot be served, and the others keep their β."""
+    margins_of = torch.tensor([0.1] * 18 + [6e-8, -6e-8])
+    estimate = auto_beta(margins_of, separation="softmax", norm_max=1.0, support=64)
+    assert estimate.margin == pytest.approx(0.1)
+    assert estimate.share == 0.9
+    assert not estimate.attainable
 
 
 @given(st.sampled_from(SEPARATIONS), st.floats(1e-2, 1e2), st.integers(2, 1000))
