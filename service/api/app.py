@@ -16,6 +16,7 @@ from fastapi import APIRouter, Depends, FastAPI, Path, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
+from starlette.responses import RedirectResponse
 from starlette.routing import Route
 
 from service.api import bodies, problems
@@ -272,6 +273,11 @@ async def cancel_operation(id: Annotated[str, Path(max_length=64)], engine: Engi
 # --- the server itself ------------------------------------------------------------------------------------------------
 
 system = APIRouter(tags=["system"])
+
+
+@system.get("/", include_in_schema=False)
+async def root() -> RedirectResponse:
+    return RedirectResponse("/docs")
 
 
 @system.get("/livez")

@@ -14,7 +14,6 @@ Rules:
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -141,11 +140,6 @@ DEFAULT_CORRUPTIONS: tuple[Corruption, ...] = (
     VectorNoise(sigma=0.1),
 )
 """Mild ones, of each sort that a user meets unwished. A collection that expects harder cues declares them."""
-
-
-def describe(corruptions: Sequence[Corruption]) -> str:
-    """One line for a person: "noise (sigma 0.1), mask (share 0.25)"."""
-    return ", ".join(corruption.describe() for corruption in corruptions)
 
 
 def corrupt_picture(picture: Picture, corruption: Corruption, rng: np.random.Generator) -> Picture:
