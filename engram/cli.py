@@ -3,6 +3,8 @@
 Rules:
 - A command reaches the memories through their owner: a server named by `--url`; else the server that has the data
   folder open; else this process opens the folder itself.
+- A folder that this process opened is calibrated before the process ends or recalls: nobody else would do it. A
+  server does it meanwhile, and is not waited for.
 - An error is one line, `title: detail (code)`, on standard error. Exit codes: 0 done, 1 refused or failed, 2 misused,
   130 interrupted.
 """
@@ -20,20 +22,30 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from engram.client import Client, Collection
 from engram.files import ENDINGS, caption_of, find_pictures, read_captions
-from engram.replies import Recall, StoreReply
+from engram.replies import CollectionInfo, Recall, StoreReply
 from service import settings
-from service.errors import CollectionNotFound, EngramError, InvalidImage, InvalidRequest, NotFound
+from service.errors import CollectionNotFound, EngramError, InvalidRequest, NotFound, NotWritable, Unavailable
 from service.storage.folder import read_owner
 
 if TYPE_CHECKING:
     from service.app.engine import Engine
 
 COLOURS: dict[str | None, str] = {"known": "green", "ambiguous": "yellow", "unknown": "cyan", "uncalibrated": "magenta"}
+CALIBRATION_WAIT_S = 300.0  # a big folder's calibration takes minutes; what is left goes on with the next command
+INTERRUPTED = 130  # what a shell gives for a program that Ctrl-C ended
 ERRORS_SHOWN_MAX = 50  # rows of a table that a person reads; the count says how many there are
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -98,8 +110,16 @@ def store(
         columns = (TextColumn("storing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=out) as progress:
             task = progress.add_task("store", total=len(files))
-            reply = target.store(_memories(files, texts), progress=lambda count: progress.advance(task, count))
-    _report(collection, reply)
+            try:
+                reply = target.store(_memories(files, texts), progress=lambda count: progress.advance(task, count))
+            except KeyboardInterrupt:
+                stored = int(progress.tasks[task].completed)
+                progress.stop()
+                out.print(f"stopped: {stored:,} of {len(files):,} stored; run the same command to go on")
+                raise typer.Exit(INTERRUPTED) from None
+        _report(collection, reply)
+        if client.in_process:
+            _calibrate(target)
     if reply.errors:
         raise typer.Exit(1)
 
@@ -111,6 +131,7 @@ def recall(
     limit: Annotated[int, typer.Option(help="How many matches to list.")] = 5,
     mask: Annotated[Path | None, typer.Option(help="A picture, white where the cue's is missing.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write the recalled picture to this PNG file.")] = None,
+    original: Annotated[Path | None, typer.Option(help="Write the first match's original to this file.")] = None,
     data: Data = None,
     url: Url = None,
 ) -> None:
@@ -125,10 +146,18 @@ def recall(
     if mask is not None:
         options["mask"] = mask
     with _client(data, url, must_exist=True) as client:
-        answer = client.collection(collection).recall(**options)
-    _show(answer)
-    if save is not None:
-        _save(answer, save)
+        target = client.collection(collection)
+        try:
+            if client.in_process:
+                _calibrate(target)
+            answer = target.recall(**options)
+        except CollectionNotFound as error:
+            raise CollectionNotFound(f"{error.detail}; {_names(client)}") from None
+        _show(answer)
+        if save is not None:
+            _save(answer, save)
+        if original is not None:
+            _save_original(target, answer, original)
 
 
 @app.command()
@@ -142,9 +171,7 @@ def collections(data: Data = None, url: Url = None) -> None:
     table = _table("collection", "memories", "spaces", "gate", "made")
     for info in found:
         spaces = ", ".join(f"{name} ({space['encoder'] or 'your vectors'})" for name, space in info.spaces.items())
-        calibration = {"none": "nothing stored", "pending": "being calibrated", "stale": "being recalibrated"}
-        gate = calibration.get(info.calibration.state, "calibrated")
-        table.add_row(escape(info.name), f"{info.count:,}", spaces, gate, info.created_at[:16].replace("T", " "))
+        table.add_row(escape(info.name), f"{info.count:,}", spaces, _gate(info), info.created_at[:16].replace("T", " "))
     out.print(table)
 
 
@@ -195,6 +222,36 @@ def _made(client: Client, name: str) -> Collection:
     return client.collection(name)
 
 
+def _calibrate(collection: Collection) -> None:
+    """Wait for the calibration in this process, where one is due."""
+    if collection.info().calibration.state not in ("pending", "stale"):
+        return
+    with Progress(SpinnerColumn(), TextColumn("calibrating…"), TimeElapsedColumn(), console=out) as progress:
+        progress.add_task("calibrate", total=None)
+        try:
+            collection.wait_until_calibrated(CALIBRATION_WAIT_S)
+        except Unavailable as error:
+            progress.stop()
+            out.print(f"[yellow]{escape(error.detail)}; it goes on with the next command[/]")
+
+
+def _gate(info: CollectionInfo) -> str:
+    if info.calibration.state != "current":
+        return {"none": "nothing stored", "pending": "being calibrated"}.get(
+            info.calibration.state, "being recalibrated"
+        )
+    refused = [record.refused is not None for record in info.calibration.modalities]
+    return "too few" if all(refused) else "partly" if any(refused) else "calibrated"
+
+
+def _names(client: Client) -> str:
+    names = [info.name for info in client.collections()]
+    if not names:
+        return "there is none yet"
+    more = f" and {len(names) - ERRORS_SHOWN_MAX:,} more" if len(names) > ERRORS_SHOWN_MAX else ""
+    return f"there {'is' if len(names) == 1 else 'are'} {', '.join(names[:ERRORS_SHOWN_MAX])}{more}"
+
+
 def _memories(files: dict[str, Path], captions: dict[str, str]) -> Iterator[dict[str, Any]]:
     for memory_id, file in files.items():
         try:
@@ -228,6 +285,8 @@ def _report(collection: str, reply: StoreReply) -> None:
 
 def _show(answer: Recall) -> None:
     out.print(f"[bold {COLOURS[answer.verdict]}]{answer.verdict}[/]" + _because(answer))
+    for warning in answer.warnings:
+        out.print(f"[yellow]{escape(warning)}[/]")
     table = _table("memory", "weight", "similarity", "payload")
     for match in answer.matches:
         payload = "" if match.payload is None else escape(str(match.payload))
@@ -236,8 +295,6 @@ def _show(answer: Recall) -> None:
         out.print(table)
     if answer.recall is not None:
         out.print(f"energy {energies(answer.recall.energy)} ({answer.recall.outcome}, β {answer.recall.beta:.1f})")
-    for warning in answer.warnings:
-        out.print(f"[yellow]{escape(warning)}[/]")
     out.print(" · ".join(f"{stage} {ms:.1f}" for stage, ms in answer.timings_ms.items()) + " ms", style="dim")
 
 
@@ -248,23 +305,34 @@ def energies(values: Sequence[float | None]) -> str:
 
 def _because(answer: Recall) -> str:
     if answer.gate is None:
-        return (
-            ": too little is stored, or of another kind, to tell a memory from a stranger"
-            if answer.matches
-            else ": nothing is stored"
-        )
+        return "" if answer.matches else ": nothing is stored"  # the reply's warnings say why
     relation = "over" if answer.gate.score > answer.gate.threshold else "not over"
     return f": log S {answer.gate.score:.2f} is {relation} the threshold {answer.gate.threshold:.2f}"
 
 
 def _save(answer: Recall, file: Path) -> None:
     if answer.reconstruction is None:
-        raise InvalidRequest(f"{file} is not written: a cue that is {answer.verdict} recalls no picture")
-    try:
-        file.write_bytes(answer.reconstruction.data)
-    except OSError as error:
-        raise InvalidImage(f"{file} cannot be written: {error.strerror}") from None
+        why = "an unknown cue recalls no picture" if answer.verdict == "unknown" else "what was recalled has no picture"
+        out.print(f"[yellow]nothing is written: {why}[/]")
+        return
+    _write(file, answer.reconstruction.data)
     out.print(f"recalled picture in {escape(str(file))}")
+
+
+def _save_original(collection: Collection, answer: Recall, file: Path) -> None:
+    if not answer.matches:
+        out.print("[yellow]nothing is written: there is no match[/]")
+        return
+    first = answer.matches[0].id
+    _write(file, collection.content(first))
+    out.print(f"original of {escape(first)} in {escape(str(file))}")
+
+
+def _write(file: Path, content: bytes) -> None:
+    try:
+        file.write_bytes(content)
+    except OSError as error:
+        raise NotWritable(f"{file}: {error.strerror}") from None
 
 
 def _table(*headings: str, title: str | None = None) -> Table:

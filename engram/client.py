@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from engram.replies import CollectionInfo, Memory, Operation, Problem, Recall, StoredItem, StoreReply
 from engram.transport import WAIT_MAX_S, Body, HttpTransport, Transport
-from service.errors import EngramError, InvalidImage, InvalidRequest, Unavailable
+from service.errors import EngramError, InvalidImage, InvalidRequest, NotFound, Unavailable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -59,6 +59,7 @@ class Client:
             )
         if not 0 < timeout_s <= WAIT_MAX_S:
             raise InvalidRequest(f"timeout_s is {timeout_s:g}, and must be above 0 and at most {WAIT_MAX_S:g}")
+        self.in_process = path is not None
         self._timeout_s = timeout_s
         self._transport: Transport
         if path is None:
@@ -224,6 +225,8 @@ def _image(image: ImageLike) -> Body:
     if isinstance(image, str | Path):
         try:
             return {"base64": Path(image).read_bytes()}
+        except FileNotFoundError:
+            raise NotFound(f"there is no file {image}") from None
         except OSError as error:
             raise InvalidImage(f"{image}: {error.strerror}") from None
     from PIL import Image  # only pictures that are not files need it

@@ -4,7 +4,8 @@ Rules:
 - A folder is searched whole for the endings of formats that are read; a file that is named is taken whatever its
   ending.
 - A memory's id is its path below the folder that was named, with `/`; a file that was named is its own name.
-- A caption is the CSV's (by id, else by bare name), else the text of a `.txt` file beside the picture with its name.
+- A caption is the CSV's, whose first line is `filename,caption` (by id, else by bare name), else the text of a
+  `.txt` file beside the picture with its name.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pathlib import Path
 from service.errors import InvalidRequest, NotFound
 
 ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+HEADING = ["filename", "caption"]
+SHOWN_MAX = 80  # characters of a first line that is no heading: enough to know it again
 
 
 def find_pictures(paths: Sequence[Path]) -> dict[str, Path]:
@@ -43,12 +46,14 @@ def _below(path: Path) -> Iterator[tuple[str, Path]]:
 
 
 def read_captions(file: Path) -> dict[str, str]:
-    """A CSV's rows `filename,caption`, with or without that heading. Raises `NotFound`, `InvalidRequest`."""
+    """A CSV's rows below its heading, `filename,caption`. Raises `NotFound`, `InvalidRequest`."""
     captions: dict[str, str] = {}
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
-            for number, row in enumerate(csv.reader(lines), start=1):
-                if not row or (number == 1 and [cell.strip().lower() for cell in row] == ["filename", "caption"]):
+            rows = csv.reader(lines)
+            _check_heading(file, next(rows, []))
+            for number, row in enumerate(rows, start=2):
+                if not row:
                     continue
                 if len(row) != 2:
                     raise InvalidRequest(f"{file}, line {number}: {len(row)} values where filename,caption are two")
@@ -58,6 +63,15 @@ def read_captions(file: Path) -> dict[str, str]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise InvalidRequest(f"{file} is not a CSV file in UTF-8: {error}") from None
     return captions
+
+
+def _check_heading(file: Path, row: list[str]) -> None:
+    if [cell.strip().lower() for cell in row] == HEADING:
+        return
+    found = ",".join(row)
+    if [cell.strip().lower() for cell in found.split(";")] == HEADING:
+        raise InvalidRequest(f"{file} is separated by semicolons; separate its values by commas: {','.join(HEADING)}")
+    raise InvalidRequest(f"{file}: the first line must be {','.join(HEADING)}, and is {found[:SHOWN_MAX]!r}")
 
 
 def caption_of(memory_id: str, file: Path, captions: Mapping[str, str]) -> str | None:

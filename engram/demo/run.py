@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -48,6 +49,7 @@ STOP_S = 20.0  # a server answers what it has accepted before it stops
 POLL_S = 0.1
 LOG_COLUMNS = 120  # into a file or a pipe; a terminal has a width of its own
 WAIT_S = 300.0  # for one request: encoding a batch of photographs takes seconds, on a busy machine a minute
+SENTENCE = "a wild animal with whiskers"
 RECALL_BATCH = 10  # cues in one request: ten uncompressible pictures of 6 MB stay under the server's bound on a body
 
 
@@ -69,7 +71,7 @@ def run(output: Path, data: Path, port: int, exit_at_once: bool) -> None:
         if exit_at_once:
             return
         console.print("\nThe server stays up. Try next:\n")
-        for line in curl_lines(url):
+        for line in (*curl_lines(url), recall_line(url)):
             console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
         if ours:
             console.print("\nCtrl-C stops it.")
@@ -241,9 +243,18 @@ def _write_results(
 def curl_lines(url: str) -> list[str]:
     """Three things to try next, each a line for a shell."""
     photos = f"{url}/v1/collections/photos"
-    cue = json.dumps({"cue": {"text": "a wild animal with whiskers"}, "limit": 3})
+    cue = json.dumps({"cue": {"text": SENTENCE}, "limit": 3})
     return [
         f"curl -s {photos}",
         f"curl -s {photos}/recall -H 'Content-Type: application/json' -d '{cue}'",
         f"curl -s {photos}/memories/chelsea/content -o chelsea.png",
     ]
+
+
+def recall_line(url: str) -> str:
+    """The same recall by the `engram` command beside the Python that runs this."""
+    command = Path(sys.executable).with_name("engram")
+    if command.is_relative_to(Path.cwd()):
+        command = command.relative_to(Path.cwd())
+    words = [str(command), "recall", SENTENCE, "--collection", "photos", "--url", url]
+    return shlex.join(words)
