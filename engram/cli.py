@@ -105,18 +105,18 @@ def store(
         out.print(
             f"[yellow]{escape(str(captions))} has a caption for {escape(name)}, which is not among the pictures[/]"
         )
+    columns = (TextColumn("storing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, console=out)
+    task = progress.add_task("store", total=len(files))
     with _client(data, url) as client:
-        target = _made(client, collection)
-        columns = (TextColumn("storing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=out) as progress:
-            task = progress.add_task("store", total=len(files))
-            try:
+        try:
+            target = _made(client, collection)
+            with progress:
                 reply = target.store(_memories(files, texts), progress=lambda count: progress.advance(task, count))
-            except KeyboardInterrupt:
-                stored = int(progress.tasks[task].completed)
-                progress.stop()
-                out.print(f"stopped: {stored:,} of {len(files):,} stored; run the same command to go on")
-                raise typer.Exit(INTERRUPTED) from None
+        except KeyboardInterrupt:
+            stored = int(progress.tasks[task].completed)
+            out.print(f"stopped: {stored:,} of {len(files):,} stored; run the same command to go on")
+            raise typer.Exit(INTERRUPTED) from None
         _report(collection, reply)
         if client.in_process:
             _calibrate(target)

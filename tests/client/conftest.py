@@ -59,6 +59,17 @@ def run_engram() -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+@pytest.fixture
+def start_engram() -> Callable[..., subprocess.Popen[str]]:
+    """The same, left running, with one stream of what it says."""
+
+    def start(*arguments: object) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "engram", *map(str, arguments)]
+        return subprocess.Popen(command, env=run_environ(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    return start
+
+
 @pytest.fixture(scope="session")
 def served_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("served")

@@ -240,7 +240,7 @@ def test_a_bad_item_is_reported_and_the_rest_are_stored(client: Client, new_name
     assert [result.id for result in reply.results] == [memory["id"] for memory in memories]
     assert [result.status for result in reply.results] == ["stored", "error", "error", "error", "error", "stored"]
     codes = [result.error.code for result in reply.errors if result.error]
-    assert codes == [InvalidImage.code, InvalidImage.code, InvalidImage.code, InvalidRequest.code]
+    assert codes == [NotFound.code, InvalidImage.code, InvalidImage.code, InvalidRequest.code]
     assert collection.count() == 2
 
 

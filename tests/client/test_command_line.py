@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import shlex
+import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,12 +16,14 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from engram.cli import energies
+from engram.cli import _gate, _save, _show, energies
 from engram.demo.cues import Cue
 from engram.demo.data import PHOTOGRAPHS
 from engram.demo.report import Shown, print_shown
-from engram.replies import Recall
+from engram.demo.run import SENTENCE, recall_line
+from engram.replies import CollectionInfo, Recall
 
+Start = Callable[..., subprocess.Popen[str]]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Serving = Callable[..., AbstractContextManager[str]]
 PHOTOS = {photo.name: photo for photo in PHOTOGRAPHS}
@@ -52,11 +57,14 @@ def test_store_and_recall_in_a_folder_and_then_through_its_server(
     assert "broken.png" in stored.stdout
     assert "invalid_image" in stored.stdout
     assert "caption for moon.jpg" in stored.stdout
+    assert "calibrating…" in stored.stdout
+    assert "being calibrated" not in run_engram("collections", "--data", data).stdout
 
     with serving(data) as url:
         # The folder can be opened by one process only: that these answer shows that they went through the server.
         again = run_engram("store", pictures / "pets", "--data", data)
         assert (again.returncode, "1 stored" in again.stdout) == (0, True)
+        assert "calibrating…" not in again.stdout
         listed = run_engram("collections", "--data", data)
         assert "memories" in listed.stdout
         assert "image (pixels), joint (bridge), text (bridge)" in listed.stdout
@@ -76,6 +84,92 @@ def test_store_and_recall_in_a_folder_and_then_through_its_server(
         assert first_match(by_half.stdout) == "flower.jpg"
         with Image.open(saved) as recalled:
             assert recalled.format == "PNG"
+
+        missing = run_engram("recall", "a rocket", "--original", tmp_path / "no" / "f.png", ENGRAM_URL=url)
+        assert missing.returncode == 1
+        assert missing.stderr.startswith("The file cannot be written: ")
+        assert missing.stderr.endswith("(not_writable)\n")
+        copy = tmp_path / "original.jpg"
+        given = run_engram("recall", PHOTOS["rocket"].paraphrase, "--original", copy, ENGRAM_URL=url)
+        assert given.returncode == 0
+        assert copy.read_bytes() == PHOTOS["rocket"].read()
+
+        other = run_engram("recall", "a cat", "--collection", "cats", ENGRAM_URL=url)
+        assert other.returncode == 1
+        assert "; there is memories (collection_not_found)" in other.stderr
+
+
+def answered(**fields: object) -> Recall:
+    blank = {"verdict": "unknown", "matches": [], "recall": None, "gate": None, "version": 1, "timings_ms": {}}
+    return Recall.of({**blank, **fields})
+
+
+def test_an_unknown_cue_writes_no_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _save(answered(), tmp_path / "f.png")
+    assert "nothing is written: an unknown cue recalls no picture" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_why_there_is_no_verdict_is_what_the_reply_says(capsys: pytest.CaptureFixture[str]) -> None:
+    match = {"id": "a", "weight": 1.0, "similarity": 1.0}
+    _show(answered(verdict="uncalibrated", matches=[match], warnings=["uncalibrated: too few"]))
+    assert capsys.readouterr().out.splitlines()[:2] == ["uncalibrated", "uncalibrated: too few"]
+
+
+def record(refused: str | None) -> dict[str, object]:
+    numbers = {"version": 1, "rows": 3, "cues": 3, "first_share": 1.0, "target_tpr": 0.95, "stranger_accept_rate": None}
+    return {
+        "modality": "image",
+        "corruptions": [],
+        "gate_beta": None,
+        "log_lambda": None,
+        "refused": refused,
+        **numbers,
+    }
+
+
+@pytest.mark.parametrize(
+    ("state", "refused", "told"),
+    [
+        ("none", [], "nothing stored"),
+        ("pending", [], "being calibrated"),
+        ("stale", [None], "being recalibrated"),
+        ("current", [None, None], "calibrated"),
+        ("current", [None, "too few"], "partly"),
+        ("current", ["too few", "too few"], "too few"),
+    ],
+)
+def test_the_gate_is_told_by_what_its_records_rest_on(state: str, refused: list[str | None], told: str) -> None:
+    calibration = {"state": state, "modalities": [record(why) for why in refused]}
+    info = {"name": "c", "version": 1, "count": 3, "created_at": "", "spaces": {}, "recall": {}, "corruptions": []}
+    info |= {"gate": {}, "calibration": calibration, "indexing": False, "bytes": {}}
+    assert _gate(CollectionInfo.of(info)) == told
+
+
+def test_ctrl_c_while_storing_says_how_far_it_came(start_engram: Start, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    noise = np.random.default_rng(1)
+    for number in range(2000):
+        Image.fromarray(noise.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    process = start_engram("store", folder, "--data", tmp_path / "memories")
+    assert process.stdout is not None
+    first = process.stdout.readline()
+    assert first.startswith("Made the collection")
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate()
+    assert process.returncode == 130, rest
+    assert " of 2,000 stored; run the same command to go on" in rest
+    assert "Traceback" not in rest
+
+
+def test_the_demo_gives_a_line_for_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = Path(sys.executable).with_name("engram")
+    rest = ["recall", SENTENCE, "--collection", "photos", "--url", "http://127.0.0.1:8000"]
+    monkeypatch.chdir(tmp_path)
+    assert shlex.split(recall_line(rest[-1])) == [str(command), *rest]
+    monkeypatch.chdir(command.parents[2])
+    assert shlex.split(recall_line(rest[-1])) == [str(command.relative_to(command.parents[2])), *rest]
 
 
 def first_match(output: str) -> str:

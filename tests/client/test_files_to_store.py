@@ -52,12 +52,31 @@ def test_captions_by_path_by_name_and_from_the_text_beside(folder: Path, tmp_pat
     assert found == {"a.JPG": None, "b.png": "a bird", "sub/c.webp": "a cat, asleep", "sub/deep/d.tiff": "a dog"}
 
 
-@pytest.mark.parametrize("content", [b"only one\n", b"one,two,three\n", b"\xff\xfe\x00,x\n"])
+@pytest.mark.parametrize(
+    "content", [b"filename,caption\nonly one\n", b"filename,caption\none,two,three\n", b"\xff\xfe\x00,x\n"]
+)
 def test_a_table_of_captions_that_is_none(tmp_path: Path, content: bytes) -> None:
     table = tmp_path / "captions.csv"
     table.write_bytes(content)
     with pytest.raises(InvalidRequest, match=r"captions\.csv"):
         read_captions(table)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("", "must be filename,caption, and is ''"),
+        ("a.png,a cat\n", "must be filename,caption, and is 'a.png,a cat'"),
+        ("file,text\na.png,a cat\n", "must be filename,caption, and is 'file,text'"),
+        ("Filename;Caption\na.png;a cat\n", "separated by semicolons; separate its values by commas"),
+    ],
+)
+def test_a_table_of_captions_without_its_heading(tmp_path: Path, content: str, told: str) -> None:
+    table = tmp_path / "captions.csv"
+    table.write_text(content)
+    with pytest.raises(InvalidRequest) as raised:
+        read_captions(table)
+    assert told in raised.value.detail
 
 
 def test_a_text_beside_that_cannot_be_read(folder: Path) -> None:
