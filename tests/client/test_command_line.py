@@ -100,7 +100,14 @@ def test_store_and_recall_in_a_folder_and_then_through_its_server(
 
 
 def answered(**fields: object) -> Recall:
-    blank = {"verdict": "unknown", "matches": [], "recall": None, "gate": None, "version": 1, "timings_ms": {}}
+    blank: dict[str, object] = {
+        "verdict": "unknown",
+        "matches": [],
+        "recall": None,
+        "gate": None,
+        "version": 1,
+        "timings_ms": {},
+    }
     return Recall.of({**blank, **fields})
 
 
