@@ -17,7 +17,8 @@ from engram.transport import Body
 from service import settings
 from service.api.bodies import validate
 from service.app.engine import Engine
-from service.app.schemas import CollectionConfig, DeleteRequest, Name, RecallRequest, StoreRequest, faults
+from service.app.fields import Name, faults
+from service.app.schemas import CollectionConfig, DeleteRequest, RecallRequest, StoreRequest
 from service.errors import InvalidRequest
 from service.observability import configure_logging
 from workers.loop import running

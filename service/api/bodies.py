@@ -14,7 +14,8 @@ from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 
 from service.api.problems import from_validation
-from service.app.schemas import BATCH_MAX, RecallRequest, StoreRequest
+from service.app.fields import BATCH_MAX
+from service.app.schemas import RecallRequest, StoreRequest
 from service.errors import InvalidRequest, MalformedBody
 
 M = TypeVar("M", bound=BaseModel)

@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from service.app.schemas import faults
+from service.app.fields import faults
 from service.errors import EngramError, InvalidRequest, MalformedBody, NotFound
 
 log = structlog.get_logger()

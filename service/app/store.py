@@ -23,17 +23,10 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from service.app.cues import ENCODE_BATCH, Parts, Vectors, check_vector, encode_memories, in_batches
+from service.app.fields import PAYLOAD_BYTES_MAX, faults
 from service.app.live import LiveCollection
 from service.app.resources import Resources
-from service.app.schemas import (
-    PAYLOAD_BYTES_MAX,
-    MemoryInput,
-    Problem,
-    StoredItem,
-    StoreReply,
-    StoreRequest,
-    faults,
-)
+from service.app.schemas import MemoryInput, Problem, StoredItem, StoreReply, StoreRequest
 from service.bank import Rows
 from service.encoders.picture import media_type, read_picture
 from service.errors import EmptyText, EngramError, InvalidRequest

@@ -1,0 +1,122 @@
+"""What requests and replies are built of: strict models, binary content, vectors, names; and faults put into words.
+
+Rules:
+- Requests refuse unknown fields: a misspelt option is an error, never ignored.
+- Binary content is `bytes` here and base64 in JSON; in process, bytes and arrays are passed as they are.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    WithJsonSchema,
+)
+
+BATCH_MAX = 1_000  # memories or cues in one request: a batch is decoded and held in memory whole
+LIMIT_MAX = 1_000  # matches in one answer; a page a person or program can still use
+SUPPORT_MAX = 4_096  # rows gathered per cue: at 3,072 values a row, 50 MB a cue
+STEPS_MAX = 100  # updates of one recall; modern Hopfield dynamics settles in a handful
+TEXT_MAX = 10_000  # characters of one text; every text tower here cuts far below it
+PAYLOAD_BYTES_MAX = 64 * 2**10  # payloads are kept in memory beside the patterns
+DIMENSION_MAX = 65_536
+SPACES_MAX = 16
+FAULTS_MAX = 10  # of a request with hundreds of faults the first ones are enough to mend it
+
+
+class Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
+
+
+class Reply(BaseModel):
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+
+def _to_bytes(value: object) -> object:
+    if isinstance(value, str):
+        try:
+            return base64.b64decode(value, validate=True)
+        except (binascii.Error, ValueError):
+            raise ValueError("not valid base64") from None
+    return value
+
+
+def _to_array(value: object) -> NDArray[np.float32]:
+    """A list of numbers, or an array of one axis, as float32. A NaN passes: it is refused later, with a code of its
+    own.
+    """
+    if not isinstance(value, (list, np.ndarray)):
+        raise ValueError("a vector is a list of numbers")
+    try:
+        array = np.asarray(value)
+    except (ValueError, OverflowError):
+        raise ValueError("a vector is a list of numbers") from None
+    if array.ndim != 1 or array.dtype.kind not in "fiu":
+        raise ValueError("a vector is a list of numbers")
+    if not 1 <= array.shape[0] <= DIMENSION_MAX:
+        raise ValueError(f"a vector has 1 to {DIMENSION_MAX} values, this has {array.shape[0]}")
+    with np.errstate(over="ignore"):  # what does not fit float32 becomes infinite and is refused as such
+        return array.astype(np.float32)
+
+
+Base64 = Annotated[
+    bytes,
+    BeforeValidator(_to_bytes),
+    PlainSerializer(lambda data: base64.b64encode(data).decode(), return_type=str),
+    WithJsonSchema({"type": "string", "contentEncoding": "base64"}),
+]
+if TYPE_CHECKING:
+    Vector = NDArray[np.float32]
+else:
+    # Not `list[float]`: checking 784 values one by one takes longer than the search they are for.
+    Vector = Annotated[
+        Any,
+        BeforeValidator(_to_array),
+        WithJsonSchema({"type": "array", "items": {"type": "number"}, "minItems": 1, "maxItems": DIMENSION_MAX}),
+    ]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$", description="letters, digits, _ . -")]
+
+
+def _check_id(value: str) -> str:
+    if value != value.strip() or not value.isprintable():
+        raise ValueError("an id has no surrounding space and no control characters")
+    if value.endswith("/content"):
+        raise ValueError("an id cannot end in /content: that address is its original's")
+    return value
+
+
+MemoryId = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_check_id)]
+Text = Annotated[str, Field(max_length=TEXT_MAX)]
+Payload = dict[str, Any]
+
+
+class ValidationFailure(Protocol):
+    def errors(self) -> Sequence[Any]: ...
+
+
+def faults(error: ValidationFailure) -> str:
+    """What validation found, a clause each: `cue.text: String should have at most 10000 characters`."""
+    found = error.errors()
+    clauses = []
+    for fault in found[:FAULTS_MAX]:
+        where = ".".join(str(part) for part in fault["loc"] if part != "body")
+        message = str(fault["msg"]).removeprefix("Value error, ")
+        if fault["type"] == "string_pattern_mismatch":
+            message = (
+                f"a name has letters, digits, _ . and -, begins with a letter or digit, and is not {fault['input']!r}"
+            )
+        clauses.append(f"{where}: {message}" if where else message)
+    if len(found) > FAULTS_MAX:
+        clauses.append(f"and {len(found) - FAULTS_MAX} more")
+    return "; ".join(dict.fromkeys(clauses))
