@@ -3,7 +3,7 @@
 #   make demo        set everything up, start the server, store real images, recall them; a contact sheet and a server to try
 #                    (PORT=8123 for another port, DEMO_EXIT=1 to stop afterwards)
 #   make test        set everything up, check style, types and imports, run one small instance of every test
-#   make test-full   the same tests at the counts a release is judged by (about an hour)
+#   make test-full   the same tests at the counts a release is judged by (eleven minutes on two cores)
 #   make bench-load  60,000 vectors through FAISS alone, the engine in process, and HTTP: time, share of right answers, memory
 #   make setup       fill .venv alone        make lint / make types    one check alone
 #   make openapi     write openapi/openapi.json after the API has changed
