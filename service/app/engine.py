@@ -75,9 +75,7 @@ class PreparedRecall:
 
 class Engine:
     def __init__(self, settings: Settings) -> None:
-        """Open the data folder and load every collection. Raises `FolderInUse`, `StorageUnavailable`,
-        `EncoderMismatch`.
-        """
+        """Open the data folder and load every collection. Raises `FolderInUse`, `StorageUnavailable`."""
         with ExitStack() as opened:  # whatever was opened is closed again if the next thing fails
             self.folder = DataFolder.open(settings.data)
             opened.callback(self.folder.close)
