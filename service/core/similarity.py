@@ -10,6 +10,9 @@ Rules:
   normalised again. Where the winning memory lacks a block, the state's block is a trace of the others; normalised, it
   would count as much as a whole block and let another memory win. So compared the energy never rises whatever the
   norms of the values (uᵀAv with A ⪰ 0), zero blocks included.
+- A block under a kernel W is compared by ⟨Wξ, Wx⟩ instead of ⟨ξ, x⟩, and by cosine in the image of W at the cue
+  (U-Hop, eq. 2.9, normalised). The kernel is applied to the state, WᵀWx, so stored rows stay in the input space; they
+  are only scaled, ‖Wξ‖ = 1. uᵀWᵀWv is positive semi-definite: the energy never rises under it either.
 - dot and neg_l2 see raw values, so their scale would mix spaces: they take exactly one block.
 - -‖ξ - x‖² is summed from differences, not expanded: expansion cancels in float32, and a pattern's distance to itself
   must be 0.
@@ -35,18 +38,32 @@ Similarity = Literal["cosine", "dot", "neg_l2"]
 # `BETA_MAX` inside float32.
 MAGNITUDE_MAX = 1e12
 
+# A unit row with ‖Wu‖ under this share of ‖W‖ lies in W's null space up to float32 rounding over a thousand values.
+KERNEL_NULL = 1e-5
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """A learned linear kernel φ(u) = Wu / ‖Wu‖ of one block; equal only to itself, so that it can name what was made
+    with it. `weight` is W.
+    """
+
+    weight: Float[Tensor, "r d"]
+
 
 @dataclass(frozen=True)
 class Blocks:
-    """How the last axis splits into spaces: block b is `widths[b]` values, compared with weight `weights[b]`.
+    """How the last axis splits into spaces: block b is `widths[b]` values, compared with weight `weights[b]` and under
+    `kernels[b]` (None: as it is; empty: no block has a kernel).
 
-    Raises InvalidRequest for no block, a width < 1, a weight that is not positive and finite, or several blocks with
-    dot or neg_l2.
+    Raises InvalidRequest for no block, a width < 1, a weight that is not positive and finite, several blocks with
+    dot or neg_l2, or a kernel that does not fit.
     """
 
     widths: tuple[int, ...]
     weights: tuple[float, ...]
     similarity: Similarity = "cosine"
+    kernels: tuple[Kernel | None, ...] = ()
 
     def __post_init__(self) -> None:
         if self.similarity not in get_args(Similarity):
@@ -59,6 +76,13 @@ class Blocks:
             raise InvalidRequest(f"block weights are positive and finite, not {self.weights}")
         if self.similarity != "cosine" and len(self.widths) != 1:
             raise InvalidRequest(f"{self.similarity} compares raw values of one space, not of {len(self.widths)}")
+        if not self.kernels:
+            return
+        if self.similarity != "cosine" or len(self.kernels) != len(self.widths):
+            raise InvalidRequest("kernels come one for each block, or None, and under cosine alone")
+        for kernel, width in zip(self.kernels, self.widths, strict=True):
+            if kernel is not None and (kernel.weight.ndim != 2 or kernel.weight.shape[1] != width):
+                raise InvalidRequest(f"a kernel {tuple(kernel.weight.shape)} does not fit a block of {width} values")
 
     @property
     def dimension(self) -> int:
@@ -72,10 +96,14 @@ class Blocks:
 
 
 def normalise_rows(x: Float[Tensor, "*rows d"], blocks: Blocks) -> Float[Tensor, "*rows d"]:
-    """Unit blocks for cosine, in at least float32 (a zero block stays zero); `x` itself for dot and neg_l2."""
+    """Unit blocks for cosine, in at least float32 (a zero block stays zero); `x` itself for dot and neg_l2.
+
+    Under a kernel W the unit is ‖Wx‖ = 1, and a block in W's null space becomes zero.
+    """
     if blocks.similarity != "cosine":
         return x
-    return _concatenated([_scaled_to(1.0, x[..., part]) for part in blocks.slices])
+    parts = zip(blocks.slices, _kernels(blocks), strict=True)
+    return _concatenated([_scaled_to(1.0, x[..., part], kernel) for part, kernel in parts])
 
 
 def scores(
@@ -111,7 +139,7 @@ def overlaps(
     """K(ξ_μ, x) of every row for states that the dynamics has reached: as `scores`, with no norm taken of the state."""
     if blocks.similarity == "neg_l2":
         return -_squared_distances(stored, state)
-    return _products(stored, state if len(blocks.widths) == 1 else state * _shares(blocks, state))
+    return _products(stored, _carrying(blocks, state if len(blocks.widths) == 1 else state * _shares(blocks, state)))
 
 
 def self_similarity(
@@ -120,7 +148,7 @@ def self_similarity(
     """K(x, x) as `overlaps` has it; over the observed blocks alone if these are given. 0 for neg_l2."""
     if blocks.similarity == "neg_l2":
         return state.new_zeros(state.shape[0])
-    squares = state.square()
+    squares = state * _carrying(blocks, state) if blocks.kernels else state.square()
     if len(blocks.widths) == 1:
         return squares.sum(-1)
     whole = squares @ _shares(blocks, state)
@@ -143,18 +171,42 @@ def _folded(
     else:
         weights = observed * torch.tensor(blocks.weights, dtype=torch.float64, device=state.device)
         norms = list(torch.split(weights / weights.sum(-1, keepdim=True), 1, dim=-1))
-    return _concatenated([_scaled_to(norm, state[:, part]) for norm, part in zip(norms, blocks.slices, strict=True)])
+    parts = zip(norms, blocks.slices, _kernels(blocks), strict=True)
+    return _carrying(blocks, _concatenated([_scaled_to(norm, state[:, part], kernel) for norm, part, kernel in parts]))
+
+
+def _kernels(blocks: Blocks) -> tuple[Kernel | None, ...]:
+    return blocks.kernels or (None,) * len(blocks.widths)
+
+
+def _carrying(blocks: Blocks, state: Float[Tensor, "batch d"]) -> Float[Tensor, "batch d"]:
+    """WᵀWx on each block under a kernel: what a stored row is multiplied with, since ⟨Wξ, Wx⟩ = ⟨ξ, WᵀWx⟩."""
+    if not blocks.kernels:
+        return state
+    parts = [state[:, part] for part in blocks.slices]
+    carried = [
+        part if kernel is None else _image(part, kernel) @ kernel.weight.to(part.dtype)
+        for part, kernel in zip(parts, blocks.kernels, strict=True)
+    ]
+    return _concatenated(carried)
+
+
+def _image(x: Float[Tensor, "*rows d"], kernel: Kernel) -> Float[Tensor, "*rows r"]:
+    """Wx."""
+    return x @ kernel.weight.to(x.dtype).T
 
 
 def _shares(blocks: Blocks, like: Tensor) -> Float[Tensor, " d"]:
     """w_b / Σ w at every value of block b."""
-    return _shares_of(blocks, like.dtype, like.device)
+    return _shares_of(blocks.weights, blocks.widths, like.dtype, like.device)
 
 
 @lru_cache(maxsize=256)
-def _shares_of(blocks: Blocks, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " d"]:
-    total = sum(blocks.weights)
-    pairs = zip(blocks.weights, blocks.widths, strict=True)
+def _shares_of(
+    weights: tuple[float, ...], widths: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Float[Tensor, " d"]:
+    total = sum(weights)
+    pairs = zip(weights, widths, strict=True)
     return torch.cat([torch.full((width,), weight / total, dtype=dtype, device=device) for weight, width in pairs])
 
 
@@ -163,12 +215,20 @@ def _observed_share(blocks: Blocks, observed: Bool[Tensor, "batch spaces"]) -> F
     return (observed * weights).sum(-1) / weights.sum()
 
 
-def _scaled_to(norm: float | Tensor, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
+def _scaled_to(norm: float | Tensor, x: Float[Tensor, "*rows d"], kernel: Kernel | None = None) -> Tensor:
     # In float64 the squares of float32 values neither overflow (1e30) nor vanish (1e-30). A zero row divides by
     # `tiny` and stays zero.
     own: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)
-    scaled: Tensor = x / (own.clamp_min(torch.finfo(torch.float64).tiny) / norm)
-    return scaled.to(torch.promote_types(x.dtype, torch.float32))
+    scaled: Tensor = x / (own.clamp_min(torch.finfo(torch.float64).tiny) / (norm if kernel is None else 1.0))
+    unit = scaled.to(torch.promote_types(x.dtype, torch.float32))
+    if kernel is None:
+        return unit
+    # Unit first, so that Wx is as accurate for a row of any size. A row that W all but annihilates is noise of its
+    # rounding: it has no direction left.
+    length = torch.linalg.vector_norm(_image(unit, kernel), dim=-1, keepdim=True, dtype=torch.float64)
+    null = length <= KERNEL_NULL * torch.linalg.matrix_norm(kernel.weight).double()
+    rescaled: Tensor = unit * torch.where(null, 0.0, norm / length).to(unit.dtype)
+    return rescaled
 
 
 def _concatenated(parts: list[Tensor]) -> Tensor:
