@@ -134,7 +134,7 @@ class Memories:
             ]
             if rows:
                 connection.execute(insert(patterns), rows)
-            _set_version(connection, collection_id, version)
+            set_version(connection, collection_id, version)
             if job is not None:
                 notes = job.notes or [{}] * len(writes)
                 answers = [
@@ -160,7 +160,7 @@ class Memories:
             connection.execute(
                 delete(memories).where(memories.c.key == bindparam("this")), [{"this": key} for key in keys.values()]
             )
-            _set_version(connection, collection_id, version + 1)
+            set_version(connection, collection_id, version + 1)
             return Deleted(version + 1, [id_ for id_ in dict.fromkeys(ids) if id_ in keys])
 
         return self._writer.submit(run, then)
@@ -252,7 +252,8 @@ def lock_version(connection: Connection, collection_id: int) -> int:
     return version
 
 
-def _set_version(connection: Connection, collection_id: int, version: int) -> None:
+def set_version(connection: Connection, collection_id: int, version: int) -> None:
+    """To be called under `lock_version`, with the number after the one that it gave."""
     connection.execute(update(collections).where(collections.c.id == collection_id).values(version=version))
 
 

@@ -1,5 +1,5 @@
-"""All rows of one database behind one object: collections and gates here, memories and jobs in the modules of their
-names.
+"""All rows of one database behind one object: collections here; memories, jobs and what was learned in the modules of
+their names.
 
 Rules:
 - Whoever writes goes through the `Writer` and is answered after the commit; whoever reads sees one state of the
@@ -11,7 +11,6 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -22,8 +21,9 @@ from sqlalchemy.exc import IntegrityError
 from service.errors import CollectionExists, CollectionNotFound
 from service.storage.database import Database
 from service.storage.jobs import Jobs
+from service.storage.learned import Learned
 from service.storage.memories import Memories
-from service.storage.tables import collections, gates, memories, name_versions
+from service.storage.tables import collections, memories, name_versions
 from service.storage.writer import Writer
 
 
@@ -39,15 +39,7 @@ class Collection:
     count: int
 
 
-@dataclass(frozen=True)
-class Gate:
-    """A calibration record and when it was made."""
-
-    record: dict[str, Any]
-    created_at: datetime
-
-
-class Repository(Memories, Jobs):
+class Repository(Memories, Jobs, Learned):
     """Everything stored in one database. Safe to use from several threads."""
 
     def __init__(self, database: Database, writer: Writer) -> None:
@@ -89,7 +81,7 @@ class Repository(Memories, Jobs):
             return [Collection(*row) for row in connection.execute(_collections().order_by(collections.c.name))]
 
     def delete_collection(self, name: str) -> None:
-        """Delete a collection with its memories, patterns, gates and jobs in one transaction; deleting takes a version.
+        """Delete a collection with all its rows in one transaction; deleting takes a version.
 
         Its blobs are left to `Blobs.remove_unreferenced`. Raises `CollectionNotFound`.
         """
@@ -104,32 +96,6 @@ class Repository(Memories, Jobs):
             connection.execute(delete(collections).where(this))
 
         self._writer.submit(run)
-
-    def put_gates(self, collection_id: int, records: Mapping[str, dict[str, Any]]) -> None:
-        """Keep these calibration records by modality, in place of all earlier ones. Raises `CollectionNotFound`."""
-        now = datetime.now(UTC)
-        rows = [
-            {"collection_id": collection_id, "modality": modality, "record": record, "created_at": now}
-            for modality, record in records.items()
-        ]
-
-        def run(connection: Connection) -> None:
-            connection.execute(delete(gates).where(gates.c.collection_id == collection_id))
-            try:
-                if rows:
-                    connection.execute(insert(gates), rows)
-            except IntegrityError:
-                raise CollectionNotFound("The collection was deleted.") from None
-
-        self._writer.submit(run)
-
-    def get_gates(self, collection_id: int) -> dict[str, Gate]:
-        """The calibration records by modality."""
-        query = select(gates.c.modality, gates.c.record, gates.c.created_at).where(
-            gates.c.collection_id == collection_id
-        )
-        with self._database.read() as connection:
-            return {modality: Gate(record, created_at) for modality, record, created_at in connection.execute(query)}
 
 
 def _collections() -> Select[Any]:

@@ -127,6 +127,32 @@ gates = Table(
     PrimaryKeyConstraint("collection_id", "modality", name="pk_gates"),
 )
 
+kernels = Table(
+    "kernels",
+    metadata,
+    Column("key", Integer, primary_key=True),
+    Column(
+        "collection_id", ForeignKey("collections.id", name="fk_kernels_collection", ondelete="CASCADE"), nullable=False
+    ),
+    Column("space", Text, nullable=False),
+    Column("number", Integer, nullable=False),  # counts up per collection and space
+    Column("objective", Text, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("rows", Integer, nullable=False),
+    Column("dimension", Integer, nullable=False),
+    Column("weight", LargeBinary),  # little-endian float32, row by row; of a dropped kernel only the record stays
+    Column("record", Json, nullable=False),
+    Column("created_at", Time, nullable=False),
+    UniqueConstraint("collection_id", "space", "number", name="uq_kernels_number"),
+    CheckConstraint("status IN ('active', 'retired', 'dropped')", name="ck_kernels_status"),
+    CheckConstraint(
+        "CASE WHEN status = 'dropped' THEN weight IS NULL"
+        " ELSE weight IS NOT NULL AND length(weight) = 4 * rows * dimension END",
+        name="ck_kernels_weight",
+    ),
+    sqlite_autoincrement=True,
+)
+
 jobs = Table(
     "jobs",
     metadata,

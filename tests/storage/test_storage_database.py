@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from shutil import copy
+from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import Connection, create_engine, insert, inspect, select, text
+from sqlalchemy import Connection, Row, create_engine, insert, inspect, select, text
 from sqlalchemy.exc import IntegrityError
 
 from service.errors import StorageUnavailable, TooBusy
-from service.storage.database import READERS_MAX, Database
+from service.storage.database import MIGRATIONS, READERS_MAX, Database
 from service.storage.tables import metadata, name_versions
 
 PRAGMAS = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
@@ -58,6 +60,48 @@ def test_migrations_make_what_the_tables_say(database):
         context = MigrationContext.configure(migrated, opts={"compare_type": True})
         assert compare_metadata(context, metadata) == []
     declared.dispose()
+
+
+def test_a_database_of_each_earlier_schema_is_upgraded_in_place(tmp_path, monkeypatch):
+    """Made by the migrations up to that version alone, with a row in every table; the rows are there afterwards."""
+    versions = sorted((MIGRATIONS / "versions").glob("v*.py"))
+    for newest in range(1, len(versions)):
+        scripts = tmp_path / f"migrations{newest}"
+        (scripts / "versions").mkdir(parents=True)
+        for path in [MIGRATIONS / "env.py", *versions[:newest]]:
+            copy(path, scripts / path.relative_to(MIGRATIONS))
+        with monkeypatch.context() as earlier:
+            earlier.setattr("service.storage.database.MIGRATIONS", scripts)
+            database = Database.open(tmp_path / f"{newest}.db")
+        with database.write() as connection:
+            connection.execute(text("PRAGMA defer_foreign_keys = ON"))
+            before = {table: _filled(connection, table) for table in inspect(connection).get_table_names()}
+        database.close()
+        assert before["memories"]
+        upgraded = Database.open(tmp_path / f"{newest}.db")
+        with upgraded.read() as connection:
+            for table, rows in before.items():
+                if table != "alembic_version":
+                    assert connection.execute(text(f"SELECT * FROM {table}")).all() == rows
+            assert set(inspect(connection).get_table_names()) == {*metadata.tables, "alembic_version"}
+            assert connection.execute(text("PRAGMA foreign_key_check")).all() == []
+        upgraded.close()
+
+
+ROW = {"dtype": "f4", "dimension": 1, "vector": b"\0" * 4, "status": "queued"}
+"""Values that a check asks for; else 1, and 1 is what other tables' rows are called."""
+
+
+def _filled(connection: Connection, table: str) -> list[Row[Any]]:
+    """The table's rows after one was put in, in every column."""
+    if table != "alembic_version":
+        columns = [column["name"] for column in inspect(connection).get_columns(table)]
+        values = {name: ROW.get(name, 1) for name in columns}
+        names = ", ".join(columns)
+        connection.execute(
+            text(f"INSERT INTO {table} ({names}) VALUES ({', '.join(map(':{}'.format, columns))})"), values
+        )
+    return list(connection.execute(text(f"SELECT * FROM {table}")).all())
 
 
 def test_every_connection_is_durable_and_holds_to_foreign_keys(database):

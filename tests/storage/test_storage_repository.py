@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from service.errors import CollectionExists, CollectionNotFound, MemoryNotFound
+from service.storage.learned import Gate
 from service.storage.memories import IN_MAX, Deleted, MemoryWrite, Written
-from service.storage.repository import Gate
 
 CONFIG = {"spaces": {"image": {"encoder": "pixels", "weight": 1.0}}, "name": "Größe"}
 ODD_IDS = ["a/b/../c", "ü ∀ 🦜", "x" * 10_000, "", " ", "%_'\"\\;--", "line\nbreak", "nul\0inside"]
@@ -67,10 +67,11 @@ def test_delete_takes_everything_of_that_collection_alone(storage, collection):
     for each in (collection, other):
         repository.put_memories(each.id, [MemoryWrite("m", vectors={"image": vector(1, 2)})])
         repository.put_gates(each.id, {"image": {"threshold": 1}})
+        repository.put_kernel(each.id, "image", "cue", np.eye(2, dtype=np.float32), {}, activate=True)
         jobs[each.name] = repository.enqueue("store", each.id, {})
     repository.delete_collection("c")
     with storage.database.read() as connection:
-        for table in ("collections", "memories", "patterns", "gates", "jobs"):
+        for table in ("collections", "memories", "patterns", "gates", "kernels", "jobs"):
             assert connection.exec_driver_sql(f"SELECT count(*) FROM {table}").scalar() == 1
     assert repository.get_job(jobs["other"]).collection_id == other.id
     assert [each.name for each in repository.list_collections()] == ["other"]
@@ -97,6 +98,8 @@ def test_writes_to_a_deleted_collection_are_refused(repository, collection):
         lambda: repository.put_memories(collection.id, [MemoryWrite("m")]),
         lambda: repository.delete_memories(collection.id, ["m"]),
         lambda: repository.put_gates(collection.id, {"image": {}}),
+        lambda: repository.put_kernel(collection.id, "image", "cue", np.eye(2, dtype=np.float32), {}, activate=False),
+        lambda: repository.retire_kernel(collection.id, "image"),
         lambda: repository.enqueue("store", collection.id, {}),
         lambda: everything(repository, collection.id, []),
     ):
