@@ -306,10 +306,11 @@ def _idx(path: Path | None, dimensions: int, name: str, advice: str) -> NDArray[
     if path is None:
         raise MissingData(f"{name}: {advice}")
     data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    head = np.frombuffer(data[: 4 + 4 * dimensions], ">i4")
-    if len(head) != 1 + dimensions or head[0] != 0x800 + dimensions or len(data) != 4 * len(head) + math.prod(head[1:]):
+    start = 4 + 4 * dimensions
+    extents = np.frombuffer(data, ">i4", dimensions, 4).tolist() if len(data) >= start else []
+    if data[:4] != bytes([0, 0, 8, dimensions]) or len(data) != start + math.prod(extents):
         raise MissingData(f"{name}: {path.name} is not an idx file of {dimensions} dimensions; {advice}")
-    return np.frombuffer(data, np.uint8, offset=4 * len(head)).reshape([int(extent) for extent in head[1:]])
+    return np.frombuffer(data, np.uint8, offset=start).reshape(extents).copy()
 
 
 class _ArraysOnly(pickle.Unpickler):
