@@ -5,12 +5,18 @@ networks).
 
 λ is the inverse memory strength, held as log λ. A cue with S ≤ λ falls to the origin: it is unknown. S(v) is
 proportional to the density that the memory gives to v, so this is a level set of that density. Under a top-K search
-log S is known between bounds.
+log S is known between bounds. A cue over λ may still come to a state under it and fall later: `follow` walks the path,
+and the least log S along it is the score of the whole path.
+
+With known negatives O the score is log S_Ξ(v) - log S_O(v): Hopfield Boosting's lse(β, Ξv) - lse(β, Ov) (Hofmann et
+al., "Energy-based Hopfield Boosting for Out-of-Distribution Detection", 2024), in units of log S.
 
 Rules:
 - log S is float64, so that calibration and use compare the same numbers.
 - λ comes from calibration alone, by split conformal prediction in exact rationals: of new known cues, drawn like the
   calibration's, at least the target share is accepted, on average over draws of the calibration set.
+- The score (β, interaction matrix, negatives, steps) is fixed before a calibration cue is looked at: else nothing is
+  guaranteed.
 - Too few cues, or a threshold at which nothing falls to the origin, is a refusal that says what is missing.
 """
 
@@ -21,7 +27,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from service.errors import CalibrationRefused, InvalidRequest
@@ -81,6 +87,76 @@ def origin_radius(log_lambda: float, rows: int, beta: float, norm_max: float) ->
     return max(log_lambda - math.log(rows), 0.0) / (beta * norm_max)
 
 
+@dataclass(frozen=True, eq=False)
+class Path:
+    """The states that the plain dynamics visits from each cue, as the gate sees them.
+
+    log_masses: [t] log S at v_t (less log S_O, with negatives), float64; a cue at rest keeps its last value.
+    state: the last one. settled: whether the path had come to rest by then.
+
+    Until it falls the gated dynamics visits the same states, so one path answers for every λ.
+    """
+
+    log_masses: Float[Tensor, "batch times"]
+    state: Float[Tensor, "batch d"]
+    settled: Bool[Tensor, " batch"]
+
+    @property
+    def score(self) -> Float[Tensor, " batch"]:
+        """min_t log S(v_t): over log λ iff the gated dynamics never falls on this path."""
+        return self.log_masses.amin(-1)
+
+    def rejected_at(self, log_lambda: float) -> Int[Tensor, " batch"]:
+        """When S(v_t) ≤ λ first: 0 is a cue rejected before any step, t one that fell to the origin after t steps; -1
+        where it never is.
+        """
+        under = self.log_masses <= log_lambda
+        return torch.where(under.any(-1), under.int().argmax(-1), -1)
+
+
+def follow(
+    patterns: Float[Tensor, "rows d"] | Float[Tensor, "batch rows d"],
+    state: Float[Tensor, "batch d"],
+    beta: float,
+    *,
+    steps_max: int,
+    valid: Bool[Tensor, "batch rows"] | None = None,
+    negatives: Float[Tensor, "negatives d"] | None = None,
+    eps: float = 1e-4,
+) -> Path:
+    """log S at every state from the cue on, v ← Ξᵀ softmax(β Ξ v), for at most `steps_max` steps (RecLag, eq. 12).
+
+    patterns: shared by the batch, or each cue's nearest rows (a fixed support); valid: the rows that take part (None:
+    all). A cue is at rest when a step moves it by at most `eps` of its length; it stays there, whatever its batch does.
+    """
+    resting = torch.zeros(state.shape[0], dtype=torch.bool, device=state.device)
+    log_masses: list[Tensor] = []
+    for t in range(steps_max + 1):
+        products = state @ patterns.T if patterns.ndim == 2 else torch.bmm(state.unsqueeze(1), patterns.mT).squeeze(1)
+        if valid is not None:
+            products = products.masked_fill(~valid, -torch.inf)
+        score = log_mass(products, beta)
+        if negatives is not None:
+            score = boosted(score, state @ negatives.T, beta)
+        log_masses.append(score if t == 0 else torch.where(resting, log_masses[-1], score))
+        weights = torch.softmax(products * beta, dim=-1).nan_to_num(0.0)  # a cue without rows goes to the origin
+        target = weights @ patterns if patterns.ndim == 2 else torch.bmm(weights.unsqueeze(1), patterns).squeeze(1)
+        moved: Tensor = torch.linalg.vector_norm(target - state, dim=-1)
+        length: Tensor = torch.linalg.vector_norm(target, dim=-1)
+        resting = resting | (moved <= eps * length)
+        if t == steps_max or bool(resting.all()):
+            break
+        state = torch.where(resting.unsqueeze(-1), state, target)
+    return Path(torch.stack(log_masses, dim=-1), state, resting)
+
+
+def boosted(
+    known: Float[Tensor, " batch"], negative_scores: Float[Tensor, "batch negatives"], beta: float
+) -> Float[Tensor, " batch"]:
+    """log S_Ξ - log S_O from log S_Ξ and the scores of the negatives: β times Hopfield Boosting's score, float64."""
+    return known - log_mass(negative_scores, beta)
+
+
 def prototypes(stored: Float[Tensor, "rows d"], count: int, seed: int) -> Float[Tensor, "count d"]:
     """`count` k-means centres of the stored patterns, an interaction matrix whose size does not grow with the memory.
 
@@ -121,15 +197,18 @@ class Threshold:
         return score.double() > self.log_lambda
 
 
-def calibrate(known_scores: Float[Tensor, " n"], target_tpr: float | Fraction, rows: int) -> Threshold:
+def calibrate(
+    known_scores: Float[Tensor, " n"], target_tpr: float | Fraction, rows: int, negatives: int = 0
+) -> Threshold:
     """The threshold that accepts new known cues with probability at least `target_tpr` (split conformal prediction).
 
-    known_scores: log S of n held-out cues whose memories are stored; rows: N_h, the rows of the interaction matrix.
+    known_scores: log S of n held-out cues whose memories are stored; rows: N_h, the rows of the interaction matrix;
+    negatives: the rows of O where the scores are boosted, so that the origin's own score is log N_h - log N_o.
     With α = 1 - target_tpr and k = ⌊α(n+1)⌋, log λ lies just under the k-th smallest score: just under, so that ties
     with it are accepted. A float target is read as the decimal it prints as (0.9 is 9/10).
 
-    Raises CalibrationRefused when n < 1/α - 1 or log λ ≤ log N_h (then the origin attracts nothing), InvalidRequest
-    for a target outside (0, 1) or a NaN.
+    Raises CalibrationRefused when n < 1/α - 1 or log λ is not over the origin's score (then the origin attracts
+    nothing), InvalidRequest for a target outside (0, 1) or a NaN.
     """
     target = target_tpr if isinstance(target_tpr, Fraction) else Fraction(repr(target_tpr))
     if not 0 < target < 1:
@@ -139,13 +218,16 @@ def calibrate(known_scores: Float[Tensor, " n"], target_tpr: float | Fraction, r
     miss = 1 - target
     n, needed = known_scores.shape[0], math.ceil(1 / miss - 1)
     if n < needed:
-        raise CalibrationRefused(f"needs n >= {needed} held-out cues for a target of {float(target):g}, has {n}")
+        raise CalibrationRefused(
+            f"needs n >= {needed} held-out cues for a target of {float(target):g}, has {n}: {needed - n} more"
+        )
     k = math.floor(miss * (n + 1))
     log_lambda = math.nextafter(known_scores.double().sort().values[k - 1].item(), -math.inf)
-    log_rows = math.log(rows) if rows else -math.inf
-    if rows < 1 or log_lambda <= log_rows:
+    at_origin = math.log(rows) - math.log(max(negatives, 1)) if rows else -math.inf
+    if rows < 1 or log_lambda <= at_origin:
         raise CalibrationRefused(
-            f"log λ = {log_lambda:.4g} is not over log N = {log_rows:.4g} of the interaction matrix: "
-            "the known cues are no nearer to the memories than the origin is; a larger beta or clearer cues are needed"
+            f"log λ = {log_lambda:.4g} is not over log N = {at_origin:.4g} of the interaction matrix"
+            f"{' less that of the negatives' if negatives else ''}: the known cues are no nearer to the memories than "
+            "the origin is; a larger beta or clearer cues are needed"
         )
     return Threshold(log_lambda=log_lambda, target_tpr=target, n=n)
