@@ -9,13 +9,15 @@ Rules:
 - Deleting or replacing a row copies the part's bitmap (a byte a row: about 30 µs for a million rows), once per write.
 - Where a space has a graph over all of a segment's rows, the segment's matrix is the graph's storage. A graph leaves
   out rows that lack its space (equal rows would crowd it), and then keeps its own copy of the others.
+- A graph is of one metric: it serves the searches under the kernel that it was built on (or under none), and others
+  scan. A graph under a kernel is over keys, and those are its own.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -23,10 +25,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from service.bank.index import SEARCH_DEPTH, Alive, Graph
+from service.bank.keys import Named, Projection, Scales
 from service.bank.layout import Layout, Prepared
-
-Queries = dict[str, Tensor]
-"""Per observed space (batch, d_s), scaled so that a row's score is the sum of its inner products with them."""
+from service.bank.queries import Queries
+from service.core.similarity import Kernel
 
 BLOCK_VALUES_MAX = 2**26
 """Values in one block of scores or gathered rows: 256 MB of float32. A scan of 10M rows by 256 cues at once would take
@@ -40,6 +42,9 @@ TAIL_BYTES, TAIL_ROWS_MIN, TAIL_ROWS_MAX = 2**20, 4, 256
 """A tail's first capacity: what fits in 1 MiB, so that many empty collections stay small whatever their dimension, but
 no fewer rows than spare a wide one its first doublings (16 spaces of 65,536 values: 16 MiB), and no more than a small
 collection has."""
+
+FARTHEST = torch.finfo(torch.float32).min
+"""The lowest score, above that of no row."""
 
 STRING_BYTES = 49
 """What a Python string or bytes object takes besides its characters, nearly."""
@@ -64,6 +69,8 @@ class Segment:
         self.ids: list[str] = []
         self.payloads: list[bytes | None] = []
         self.graphs: dict[str, Graph] = {}
+        self.built_on: dict[str, Kernel | None] = {}
+        """Per space the kernel of its graph; a space that no row has is here, but has no graph. Empty until built."""
         self._newest: dict[str, int] = {}
         self._older: dict[int, int] = {}  # row → the row of the same id before it
         self._text_bytes = self._payload_bytes = 0
@@ -102,29 +109,44 @@ class Segment:
             row = self._older.get(row)
         return row
 
-    def build_graphs(self) -> None:
-        """Give a segment that nobody reads yet a graph per space, and let each be its space's matrix where it has every
-        row.
+    def build_graphs(self, kernels: Mapping[str, tuple[Kernel, Projection, Scales]]) -> None:
+        """Give a segment that nobody reads yet a graph per space, under its kernel if it has one. Without, the graph is
+        its space's matrix where it has every row.
 
-        While one space is built its rows lie in memory twice.
+        While one space is built its rows (or keys) lie in memory twice.
         """
         for name in self.layout.names:
-            if self.lacking[name] == self.count:
+            vectors, norms, lacking = (
+                self.vectors[name][: self.count],
+                self.norms[name][: self.count],
+                self.lacking[name],
+            )
+            kernel = None
+            if name in kernels:
+                kernel, projection, scales = kernels[name]
+                norms, lacking = scales.inverse[: self.count], scales.lacking
+                vectors = projection.keys(vectors, norms)
+            self.built_on[name] = kernel
+            if lacking == self.count:
                 continue
-            vectors = self.vectors[name][: self.count].numpy()
-            if self.lacking[name]:
-                present = torch.nonzero(self.norms[name][: self.count]).flatten().numpy()
-                self.graphs[name] = Graph(vectors[present], self.layout.similarity, present)
-            else:
-                graph = self.graphs[name] = Graph(vectors, self.layout.similarity)
+            if lacking:
+                present = torch.nonzero(norms).flatten()
+                self.graphs[name] = Graph(vectors[present].numpy(), self.layout.similarity, present.numpy())
+                continue
+            graph = self.graphs[name] = Graph(vectors.numpy(), self.layout.similarity)
+            if kernel is None:
                 self.vectors[name] = torch.from_numpy(graph.matrix)
 
     def sizes(self) -> dict[str, int]:
-        """Bytes per kind: `patterns`, `graph` (with the copies of graphs that leave rows out), `payloads`, `ids`."""
+        """Bytes per kind: `patterns`, `keys`, `graph` (with the copies of graphs that leave rows out), `payloads`,
+        `ids`."""
         blocks = [*self.vectors.values(), *self.norms.values()]
+        keyed = [graph for name, graph in self.graphs.items() if self.built_on[name] is not None]
+        copies = [graph for graph in self.graphs.values() if graph not in keyed and graph.rows is not None]
         return {
             "patterns": sum(block.nbytes for block in blocks),
-            "graph": sum(g.size_bytes + (g.matrix.nbytes if g.rows is not None else 0) for g in self.graphs.values()),
+            "keys": sum(graph.matrix.nbytes for graph in keyed),
+            "graph": sum(g.size_bytes for g in self.graphs.values()) + sum(g.matrix.nbytes for g in copies),
             "payloads": self._payload_bytes + sys.getsizeof(self.payloads),
             "ids": self._text_bytes
             + sys.getsizeof(self.ids)
@@ -143,11 +165,13 @@ def _grown(block: Tensor, capacity: int, count: int) -> Tensor:
 class Part:
     """The first `count` rows of a segment, less the dead ones: what one version of the bank sees of it.
 
-    `dead` is a bool bitmap of at least `count` rows, or None. Rows below are the segment's own, from 0.
+    `dead` is a bool bitmap of at least `count` rows, or None. `scales` are there for every kernel of the version. Rows
+    below are the segment's own, from 0.
     """
 
     segment: Segment
     count: int
+    scales: Mapping[Named, Scales] = field(default_factory=dict)
     dead: Tensor | None = None
     dead_count: int = 0
 
@@ -163,12 +187,15 @@ class Part:
         dead[rows] = True
         return replace(self, dead=dead, dead_count=self.dead_count + len(rows))
 
-    def grown(self) -> Part:
-        """This part with all rows that its segment has now."""
-        dead = self.dead
+    def appended(self, rows: Prepared, inverses: Mapping[Named, Tensor]) -> Part:
+        """This part with rows appended to its segment, and their 1/‖Wû‖ by kernel. Only the writer calls this, and only
+        on the newest part of the tail."""
+        self.segment.append(rows)
+        capacity, dead = self.segment.capacity, self.dead
         if dead is not None and len(dead) < self.segment.count:
-            dead = self._dead_bitmap(self.segment.capacity)
-        return replace(self, count=self.segment.count, dead=dead)
+            dead = self._dead_bitmap(capacity)
+        scales = {named: scales.appended(inverses[named], capacity) for named, scales in self.scales.items()}
+        return replace(self, count=self.segment.count, scales=scales, dead=dead)
 
     def _dead_bitmap(self, capacity: int) -> Bool[Tensor, " capacity"]:
         bitmap = torch.zeros(capacity, dtype=torch.bool, device=self.segment.device)
@@ -190,19 +217,29 @@ class Part:
     def search(self, queries: Queries, limit: int, exact: bool) -> tuple[Tensor, Tensor, bool]:
         """At most `limit` alive rows per cue by falling score: (batch, k) scores, rows (-1 and -inf where none), and
         whether every row was compared."""
-        if not exact and self.segment.graphs and self.alive >= SPARSE_SHARE * self.count:
+        if not exact and self._has_graphs_for(queries) and self.alive >= SPARSE_SHARE * self.count:
             found = self._search_graphs(queries, limit)
             if found is not None:
                 return *found, False
         return *self.scan(queries, limit), True
 
+    def _has_graphs_for(self, queries: Queries) -> bool:
+        built_on = self.segment.built_on
+        return (
+            bool(built_on)
+            and not queries.raw
+            and all(built_on[name] is queries.kernels.get(name) for name in queries.rows)
+        )
+
     def _search_graphs(self, queries: Queries, limit: int) -> tuple[Tensor, Tensor] | None:
         """None where some graph found fewer rows than it has to give, or than were asked for."""
-        searched = {name: query for name, query in queries.items() if name in self.segment.graphs}
         # With several spaces a row that is good in all may be nobody's first: take all that a search keeps anyway.
-        wanted = limit if len(queries) == 1 else max(limit, SEARCH_DEPTH)
+        wanted = limit if len(queries.rows) == 1 else max(limit, SEARCH_DEPTH)
         found = []
-        for name, query in searched.items():
+        for name in queries.rows:
+            if name not in self.segment.graphs:
+                continue
+            query = queries.keys[name] if name in queries.keys else queries.rows[name]
             graph, alive = self.segment.graphs[name], self._alive[name]
             most = min(wanted, graph.count if alive is None else alive.count)
             if most == 0:
@@ -211,11 +248,10 @@ class Part:
             if rows.min() < 0:
                 return None
             found.append((torch.from_numpy(scores), torch.from_numpy(rows)))
-        if len(queries) == 1 and found:
+        if len(queries.rows) == 1 and found:
             return found[0]
-        batch = len(next(iter(queries.values())))
         if not found:
-            return torch.empty(batch, 0), torch.empty(batch, 0, dtype=torch.int64)
+            return torch.empty(queries.batch, 0), torch.empty(queries.batch, 0, dtype=torch.int64)
         union = torch.cat([rows for _, rows in found], dim=1).sort(dim=1).values
         repeated = torch.zeros_like(union, dtype=torch.bool)
         repeated[:, 1:] = union[:, 1:] == union[:, :-1]
@@ -232,7 +268,7 @@ class Part:
 
     def scan(self, queries: Queries, limit: int) -> tuple[Tensor, Tensor]:
         """As `search`, comparing every alive row."""
-        batch = len(next(iter(queries.values())))
+        batch = queries.batch
         sparse = self.alive_rows() if self.alive < SPARSE_SHARE * self.count else None
         total = self.count if sparse is None else self.alive
         # A block is bounded both as scores (batch × rows) and as gathered rows (rows × values).
@@ -251,7 +287,7 @@ class Part:
                 merged = both.topk(min(limit, both.shape[1]))
                 best_scores, best_rows = merged.values, torch.cat([best_rows, rows], dim=1).gather(1, merged.indices)
         best_rows = best_rows.masked_fill(best_scores == -torch.inf, -1)
-        if self.segment.layout.similarity == "neg_l2":
+        if queries.distances:
             # 2⟨x, ξ⟩ − ‖ξ‖² − ‖x‖² loses digits where the three are large and the distance small.
             return self._rescored(queries, best_rows, limit)
         return best_scores, best_rows
@@ -262,23 +298,42 @@ class Part:
         total: Tensor | None = None
         hidden = None if self.dead is None else self.dead[: self.count][chosen]
         lacking: Tensor | None = None
-        for position, (name, query) in enumerate(queries.items()):
+        for position, (name, query) in enumerate(queries.rows.items()):
             norms = segment.norms[name][: self.count][chosen]
+            factors = self.factors(name, queries.kernels.get(name), queries.raw)
             scores = query @ segment.vectors[name][: self.count][chosen].T
-            if segment.layout.similarity == "neg_l2":
+            if factors is not None:
+                factors = factors[chosen]
+                scores = scores.mul_(factors)
+            if queries.distances:
                 scores = scores.mul_(2).sub_(norms.square()).sub_(query.square().sum(dim=1, keepdim=True))
+            if queries.raw:
+                # Under cosine a norm may be too large for its square: then the row is as far as can be said.
+                scores = scores.nan_to_num_(nan=FARTHEST, neginf=FARTHEST)
             total = scores if total is None else total.add_(scores)
-            if segment.lacking[name] == 0:
+            if self.lacking(name, queries.kernels.get(name)) == 0:
                 lacking = None
-            elif position == 0:
-                lacking = norms == 0
-            elif lacking is not None:
-                lacking = lacking & (norms == 0)
+            elif position == 0 or lacking is not None:
+                absent = (norms if factors is None else factors) == 0
+                lacking = absent if lacking is None else lacking & absent
         assert total is not None, "a cue observes at least one space"
         for mask in (hidden, lacking):
             if mask is not None:
                 total.masked_fill_(mask, -torch.inf)
         return total
+
+    def factors(self, space: str, kernel: Kernel | None, raw: bool) -> Float[Tensor, " count"] | None:
+        """What a stored row is multiplied with to be as the metric sees it: 1/‖Wû‖ under a kernel, ‖ξ‖ for raw values
+        under cosine; None: nothing."""
+        if kernel is not None:
+            return self.scales[space, kernel].inverse[: self.count]
+        if raw and self.segment.layout.similarity == "cosine":
+            return self.segment.norms[space][: self.count]
+        return None
+
+    def lacking(self, space: str, kernel: Kernel | None) -> int:
+        """How many rows, dead ones among them, lack the space."""
+        return self.segment.lacking[space] if kernel is None else self.scales[space, kernel].lacking
 
     def _rescored(self, queries: Queries, rows: Int[Tensor, "batch k"], limit: int) -> tuple[Tensor, Tensor]:
         """The best `limit` of given rows (-1: none) by scores computed row by row."""
@@ -286,20 +341,29 @@ class Part:
         scores = torch.zeros(rows.shape, device=rows.device)
         for start in range(0, len(rows), step):
             some = slice(start, start + step)
-            for name, query in queries.items():
-                block = self.segment.vectors[name][rows[some].clamp_min(0)]
-                if self.segment.layout.similarity == "neg_l2":
+            chosen = rows[some].clamp_min(0)
+            for name, query in queries.rows.items():
+                block = self.segment.vectors[name][chosen]
+                factors = self.factors(name, queries.kernels.get(name), queries.raw)
+                if queries.distances:
+                    block = block if factors is None else block * factors[chosen].unsqueeze(2)
                     scores[some] -= (block - query[some, None]).square().sum(dim=2)
                 else:
-                    scores[some] += torch.bmm(block, query[some, :, None]).squeeze(2)
+                    product = torch.bmm(block, query[some, :, None]).squeeze(2)
+                    scores[some] += product if factors is None else product * factors[chosen]
+        if queries.raw:
+            scores = scores.clamp_min_(FARTHEST)
         top = scores.masked_fill_(rows < 0, -torch.inf).topk(min(limit, rows.shape[1]))
         return top.values, rows.gather(1, top.indices)
 
 
-def merge(parts: Sequence[Part], with_graphs: bool) -> tuple[Segment, list[Int[Tensor, " count"]]]:
+def merge(
+    parts: Sequence[Part], graph_kernels: Mapping[str, tuple[Kernel, Projection]] | None
+) -> tuple[Segment, list[Int[Tensor, " count"]]]:
     """One sealed segment of the alive rows of `parts`, and for each part where its rows went (-1: dead).
 
-    Reads the parts only, so it needs no lock; it takes as long as its graphs take to build.
+    With graphs unless `graph_kernels` is None: of the spaces it names under these kernels. Reads the parts only, so it
+    needs no lock; it takes as long as its graphs take to build.
     """
     layout, device = parts[0].segment.layout, parts[0].segment.device
     kept = [part.alive_rows() for part in parts]
@@ -320,6 +384,18 @@ def merge(parts: Sequence[Part], with_graphs: bool) -> tuple[Segment, list[Int[T
                 [segment.payloads[row] for row in numbers],
             )
         )
-    if with_graphs:
-        merged.build_graphs()
+    if graph_kernels is not None:
+        merged.build_graphs(
+            {
+                name: (kernel, projection, merged_scales([part.scales[name, kernel] for part in parts], moved, device))
+                for name, (kernel, projection) in graph_kernels.items()
+            }
+        )
     return merged, moved
+
+
+def merged_scales(scales: Sequence[Scales], moved: Sequence[Int[Tensor, " count"]], device: torch.device) -> Scales:
+    """The scales of a merged segment's rows, from those of the parts that it was made of."""
+    alive = [each.inverse[: len(target)][target >= 0] for each, target in zip(scales, moved, strict=True)]
+    merged = Scales(torch.zeros(0, device=device))
+    return merged.appended(torch.cat(alive), capacity=0)

@@ -4,7 +4,8 @@ Rules:
 - A view never changes, and taking one is a single attribute read. Whoever answers a request takes one view and asks
   only it.
 - Row numbers are a view's own: they mean nothing to another view. -1 stands for "no row" everywhere.
-- score = Σ_s w_s cos(x_s, ξ_s) / Σ_s w_s over the cue's spaces under cosine; ⟨x, ξ⟩ under dot; −‖x − ξ‖² under neg_l2.
+- score = Σ_s w_s cos(x_s, ξ_s) / Σ_s w_s over the cue's spaces under cosine, cos(Wx_s, Wξ_s) where a search names a
+  kernel; ⟨x, ξ⟩ under dot; −‖x − ξ‖² under neg_l2, and of raw values.
 - Tensors come back on the bank's device.
 """
 
@@ -19,21 +20,24 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from service.bank.layout import Layout, unit_rows
-from service.bank.segment import Part, Queries, Segment
-from service.errors import InvalidRequest, NothingObserved, WrongDimension
+from service.bank.keys import Named, Projection
+from service.bank.layout import Layout
+from service.bank.queries import Queries, make_queries
+from service.bank.segment import Part, Segment
+from service.core.similarity import Kernel
+from service.errors import InvalidRequest
 
 MATRIX_BYTES_MAX = 2**30
-"""What `View.matrix` copies at most: a dense recall over more takes seconds a step, and every version would keep a
-copy."""
+"""What `View.matrix` copies at most, and a view keeps of such copies: a dense recall over more takes seconds a step,
+and every version would keep a copy."""
 
 
 @dataclass(frozen=True, eq=False)
 class Found:
     """`rows` (batch, limit) int64, -1 padded; `scores` (batch, limit) float32, falling, -inf padded.
 
-    `exact`: every row was compared, so nothing outside scores above the last one (ties are broken at will; under
-    `neg_l2` up to the rounding of 2⟨x, ξ⟩ − ‖ξ‖² − ‖x‖²).
+    `exact`: every row was compared, so nothing outside scores above the last one (ties are broken at will; of raw
+    distances up to the rounding of 2⟨x, ξ⟩ − ‖ξ‖² − ‖x‖², under a kernel up to that of ⟨ξ, WᵀWx⟩).
     """
 
     rows: Int[Tensor, "batch limit"]
@@ -42,11 +46,20 @@ class Found:
 
 
 class View:
-    def __init__(self, layout: Layout, device: torch.device, parts: tuple[Part, ...], version: int) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        device: torch.device,
+        parts: tuple[Part, ...],
+        version: int,
+        kernels: Mapping[Named, Projection],
+    ) -> None:
         self.layout = layout
         self.device = device
         self.parts = parts
         self.version = version
+        self.kernels = kernels
+        """The kernels that may be asked for, with the space that each is for."""
         self.count = sum(part.alive for part in parts)
         """Memories in this view."""
         starts = [0]
@@ -55,12 +68,34 @@ class View:
         self.starts = tuple(starts)
         """Part i has the rows from starts[i] up to starts[i + 1], dead ones among them."""
 
+        self._matrices: dict[tuple[frozenset[Named], bool], Tensor] = {}
+
     @property
     def norm_max(self) -> float:
         """A bound of ‖ξ‖ over patterns as `gather` gives them; rows that died since the last seal may hold it up."""
-        if self.layout.similarity == "cosine":
-            return math.sqrt(len(self.layout.spaces))
-        return max(part.segment.norm_max for part in self.parts)
+        return self.norm_bound()
+
+    def norm_bound(self, kernels: Mapping[str, Kernel] | None = None, raw: bool = False) -> float:
+        """As `norm_max`, of what `gather` gives with these arguments."""
+        kernels = self._known(kernels, raw)
+        if self.layout.similarity != "cosine":
+            return max(part.segment.norm_max for part in self.parts)
+        bounds = [
+            max(part.segment.norm_max for part in self.parts) if raw
+            else 1.0 if name not in kernels
+            else max(part.scales[name, kernels[name]].largest for part in self.parts)
+            for name in self.layout.names
+        ]  # fmt: skip
+        return math.hypot(*bounds)
+
+    def _known(self, kernels: Mapping[str, Kernel] | None, raw: bool) -> Mapping[str, Kernel]:
+        """Raises ValueError for a kernel that the bank did not have, and for kernels with raw values."""
+        for name, kernel in (kernels or {}).items():
+            if (name, kernel) not in self.kernels:
+                raise ValueError(f"this view does not know the kernel asked for in space {name!r}")
+        if kernels and raw:
+            raise ValueError("a kernel compares directions, not raw values")
+        return kernels or {}
 
     # --- search -------------------------------------------------------------------------------------------------------
 
@@ -71,16 +106,22 @@ class View:
         limit: int,
         exact: bool = False,
         exclude: Int[Tensor, " batch"] | None = None,
+        kernels: Mapping[str, Kernel] | None = None,
+        raw: bool = False,
     ) -> Found:
         """The `limit` best memories for each cue.
 
         `cue` has the observed spaces alone, raw; `weights` at least theirs, positive. `exact` compares every row, else
         graphs may be used. `exclude` names one row per cue to leave out (-1: none), as when a stored memory is its own
-        cue. Raises UnknownSpace, WrongDimension, NothingObserved, InvalidRequest.
+        cue.
+
+        `kernels` are those to compare spaces under, the cue's or others; the rest are compared as they are. `raw`
+        scores −‖x − ξ‖² over the raw values of a cue's one space, under cosine. Raises UnknownSpace, WrongDimension,
+        NothingObserved, InvalidRequest; ValueError for a kernel that `Bank.add_kernel` had not brought.
         """
         if limit < 1:
             raise InvalidRequest(f"limit must be at least 1, found {limit}.")
-        queries = self._queries(cue, weights)
+        queries = make_queries(self.layout, self.device, cue, weights, self._known(kernels, raw), self.kernels, raw)
         wanted = limit if exclude is None else limit + 1
         scores, rows, all_compared = self._merged(queries, wanted, exact)
         if exclude is not None:
@@ -93,25 +134,6 @@ class View:
             rows = torch.nn.functional.pad(rows, (0, short), value=-1)
         return Found(rows, scores, all_compared)
 
-    def _queries(self, cue: Mapping[str, Tensor], weights: Mapping[str, float]) -> Queries:
-        if not cue:
-            raise NothingObserved("A cue needs at least one space.")
-        total = sum(weights[name] for name in cue)
-        if min(weights[name] for name in cue) <= 0:
-            raise InvalidRequest("The weights of a cue's spaces must be positive.")
-        queries = {}
-        for name, block in cue.items():
-            dimension = self.layout.space(name).dimension
-            if block.ndim != 2 or block.shape[1] != dimension:
-                raise WrongDimension(f"Space {name!r} takes (batch, {dimension}), found {tuple(block.shape)}.")
-            query = block.detach().to(self.device, torch.float32)
-            if self.layout.similarity == "cosine":
-                query = unit_rows(query)[0]
-                if len(cue) > 1:
-                    query = query * (weights[name] / total)
-            queries[name] = query.contiguous()
-        return queries
-
     def _merged(self, queries: Queries, limit: int, exact: bool) -> tuple[Tensor, Tensor, bool]:
         found = [
             (start, *part.search(queries, limit, exact))
@@ -119,8 +141,7 @@ class View:
             if part.alive
         ]
         if not found:
-            batch = len(next(iter(queries.values())))
-            nothing = torch.empty(batch, 0, device=self.device)
+            nothing = torch.empty(queries.batch, 0, device=self.device)
             return nothing, nothing.to(torch.int64), True
         all_compared = all(compared for *_, compared in found)
         # A segment's row -1 stays -1 wherever the segment starts.
@@ -133,11 +154,21 @@ class View:
 
     # --- patterns -----------------------------------------------------------------------------------------------------
 
-    def gather(self, rows: Int[Tensor, "batch k"]) -> Float[Tensor, "batch k D"]:
-        """Blocks of rows as the similarity sees them (unit under cosine), concatenated in the layout's order; zeros at
-        -1."""
+    def gather(
+        self, rows: Int[Tensor, "batch k"], kernels: Mapping[str, Kernel] | None = None, raw: bool = False
+    ) -> Float[Tensor, "batch k D"]:
+        """Blocks of rows as the similarity sees them, concatenated in the layout's order; zeros at -1.
+
+        Under cosine unit rows û; under a kernel û/‖Wû‖, zero where it lacks the space; `raw`: ξ. Raises as `search`.
+        """
+        kernels = self._known(kernels, raw)
         split = self._split(rows)
-        blocks = [self._block(rows, name, split) for name in self.layout.names]
+        blocks = []
+        for name in self.layout.names:
+            block = self._block(rows, name, split)
+            if (factors := self._factors(rows, name, kernels.get(name), raw, split)) is not None:
+                block = block * factors.unsqueeze(2)
+            blocks.append(block)
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
 
     def read_out(
@@ -146,56 +177,61 @@ class View:
         """Σ_μ p_μ ξ_μ over raw values: what a recalled state is in the space's own units (for a decoder)."""
         self.layout.space(space)
         split = self._split(rows)
-        if self.layout.similarity == "cosine":
-            norms = rows.new_zeros(rows.shape, dtype=torch.float32)
-            for part, there, local in split:
-                if there is None:
-                    norms = part.segment.norms[space][local].view(rows.shape)
-                else:
-                    norms[there] = part.segment.norms[space][local]
+        if (norms := self._factors(rows, space, None, True, split)) is not None:
             weights = weights * norms
         return torch.bmm(weights[:, None, :].to(torch.float32), self._block(rows, space, split)).squeeze(1)
 
-    def lacking(self, spaces: Sequence[str], rows: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
+    def lacking(
+        self, spaces: Sequence[str], rows: Int[Tensor, " n"], kernels: Mapping[str, Kernel] | None = None
+    ) -> Bool[Tensor, " n"]:
         """Which rows have a zero vector in every one of `spaces`, and so are no candidates for a cue of these; True at
         -1. Raises UnknownSpace.
 
-        The same under every similarity, as in `search`.
+        The same under every similarity, as in `search`; under `kernels` a row that its kernel annihilates lacks the
+        space.
         """
+        kernels = self._known(kernels, raw=False)
         for name in spaces:
             self.layout.space(name)
-        if any(not any(part.segment.lacking[name] for part in self.parts) for name in spaces):
+        if any(not any(part.lacking(name, kernels.get(name)) for part in self.parts) for name in spaces):
             return rows < 0  # the usual case: every memory has one of the spaces
         lacking = torch.ones(rows.shape, dtype=torch.bool, device=self.device)
         for part, there, local in self._split(rows):
             present = torch.zeros(local.shape, dtype=torch.bool, device=self.device)
             for name in spaces:
-                present |= part.segment.norms[name][local] != 0
+                factors = part.factors(name, kernels.get(name), raw=False)
+                present |= (part.segment.norms[name] if factors is None else factors)[local] != 0
             lacking[slice(None) if there is None else there] = ~present
         return lacking
 
-    def matrix(self) -> tuple[Float[Tensor, "count D"], Int[Tensor, " count"]]:
+    def matrix(
+        self, kernels: Mapping[str, Kernel] | None = None, raw: bool = False
+    ) -> tuple[Float[Tensor, "count D"], Int[Tensor, " count"]]:
         """All memories for a dense support: their concatenated blocks (as `gather`) and their row numbers.
 
-        Those that lack a cue's spaces are among them: see `lacking`. With one space, one segment and no dead row this
-        is the segment's own matrix (do not write to it); else a copy, made once per view. Raises InvalidRequest where
-        the copy would exceed 1 GiB (MATRIX_BYTES_MAX).
+        Those that lack a cue's spaces are among them: see `lacking`. With one space, one segment, no dead row and
+        nothing to scale this is the segment's own matrix (do not write to it); else a copy, which the view keeps.
+        Raises InvalidRequest where the copy would exceed 1 GiB (MATRIX_BYTES_MAX), and as `search`.
         """
-        return self._matrix
-
-    @cached_property
-    def _matrix(self) -> tuple[Tensor, Tensor]:
-        rows = self._alive_rows
+        kernels, rows = self._known(kernels, raw), self._alive_rows
         filled = [part for part in self.parts if part.count]
-        if len(filled) == 1 and len(self.layout.spaces) == 1 and filled[0].dead is None:
+        scaled = bool(kernels) or (raw and self.layout.similarity == "cosine")
+        if len(filled) == 1 and len(self.layout.spaces) == 1 and filled[0].dead is None and not scaled:
             return filled[0].segment.vectors[self.layout.names[0]][: filled[0].count], rows
+        metric = (frozenset(kernels.items()), raw)
+        if (kept := self._matrices.get(metric)) is not None:
+            return kept, rows
         size_bytes = 4 * self.count * self.layout.dimension
         if size_bytes > MATRIX_BYTES_MAX:
             raise InvalidRequest(
                 f"A dense support over {self.count} memories needs a copy of {size_bytes:,} bytes, and "
                 f"{MATRIX_BYTES_MAX:,} is the most: ask for a number of rows as support."
             )
-        return self.gather(rows[None]).squeeze(0), rows
+        matrix = self.gather(rows[None], kernels, raw).squeeze(0)
+        # Replaced by one assignment, as other readers may be looking.
+        others = self._matrices if (len(self._matrices) + 1) * size_bytes <= MATRIX_BYTES_MAX else {}
+        self._matrices = {**others, metric: matrix}
+        return matrix, rows
 
     def _block(self, rows: Tensor, space: str, split: list[tuple[Part, Tensor | None, Tensor]]) -> Tensor:
         dimension = self.layout.space(space).dimension
@@ -206,6 +242,26 @@ class View:
         for part, there, local in split:
             block[there] = part.segment.vectors[space][local]
         return block
+
+    def _factors(
+        self,
+        rows: Tensor,
+        space: str,
+        kernel: Kernel | None,
+        raw: bool,
+        split: list[tuple[Part, Tensor | None, Tensor]],
+    ) -> Tensor | None:
+        """`Part.factors` of rows, 0 at -1; None where there are none."""
+        if kernel is None and not (raw and self.layout.similarity == "cosine"):
+            return None
+        factors = torch.zeros(rows.shape, device=self.device)
+        for part, there, local in split:
+            of_part = part.factors(space, kernel, raw)
+            assert of_part is not None
+            if there is None:
+                return of_part[local].view(rows.shape)
+            factors[there] = of_part[local]
+        return factors
 
     def _split(self, rows: Tensor) -> list[tuple[Part, Tensor | None, Tensor]]:
         """Per part that some rows lie in: the part, where in `rows` they are (None: everywhere), and their numbers in
