@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal, NotRequired, Self
 from pydantic import (
     Field,
     JsonValue,
-    field_validator,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     model_validator,
 )
 from pydantic.functional_validators import SkipValidation
@@ -33,7 +35,7 @@ from service.app.fields import (
     Text,
     Vector,
 )
-from service.core.separation import Separation
+from service.core.separation import ALPHA_MAX, Separation, entmax
 from service.core.similarity import Similarity
 from service.encoders.corruption import Corruption
 from service.encoders.protocol import Source
@@ -41,34 +43,33 @@ from service.encoders.protocol import Source
 # --- collections ------------------------------------------------------------------------------------------------------
 
 
-ENTMAX: dict[float, Separation] = {1.0: "softmax", 1.5: "entmax15", 2.0: "sparsemax"}
+SEPARATIONS_SERVED = (
+    f'softmax, sparsemax, max, and {{"entmax": α}} with α from 1 (softmax) over 2 (sparsemax) to {ALPHA_MAX:g}'
+)
 
 
 class EntmaxSpec(Request):
-    """α-entmax; α of 1 is softmax and 2 is sparsemax."""
+    """α-entmax: softmax at α = 1, sparsemax at 2, towards max as α grows."""
 
-    entmax: float
-
-    @field_validator("entmax")
-    @classmethod
-    def _served(cls, alpha: float) -> float:
-        if alpha not in ENTMAX:
-            raise ValueError(
-                f"served are softmax, sparsemax, max, and entmax with α one of {', '.join(map(str, ENTMAX))}"
-            )
-        return alpha
+    entmax: float = Field(ge=1, le=ALPHA_MAX)
 
 
-SeparationSpec = Literal["softmax", "sparsemax", "max"] | EntmaxSpec
+def _named_separation(value: object, check: ValidatorFunctionWrapHandler) -> object:
+    """One sentence in place of a fault from every member of the union."""
+    try:
+        return check(value)
+    except ValidationError:
+        raise ValueError(f"served are {SEPARATIONS_SERVED}, not {repr(value)[:60]}") from None
+
+
+SeparationSpec = Annotated[Literal["softmax", "sparsemax", "max"] | EntmaxSpec, WrapValidator(_named_separation)]
 Beta = Literal["auto"] | Annotated[float, Field(gt=0, le=1e6)]
 Support = Literal["dense"] | Annotated[int, Field(ge=1, le=SUPPORT_MAX)]
 Weight = Annotated[float, Field(gt=0, le=1e6)]
 
 
 def separation_of(spec: SeparationSpec) -> Separation:
-    if isinstance(spec, EntmaxSpec):
-        return ENTMAX[spec.entmax]
-    return spec
+    return entmax(spec.entmax) if isinstance(spec, EntmaxSpec) else spec
 
 
 class SpaceConfig(Request):

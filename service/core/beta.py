@@ -2,9 +2,15 @@
 
 A cue's margin Δ is its own memory's score less the best other score in the support. For a share q of cues Δ is at
 least Δ_q, the (1-q) quantile, and for these the first step reaches their memory when
-    softmax     β = log(2m(K-1)/ε) / Δ_q     (then ‖T(x) - ξ_μ‖ ≤ ε; a tighter Theorem 4.1 of Hu et al.,
-    "Nonparametric Modern Hopfield Models", 2024) α-entmax    β = 1/(α-1) / Δ_q            (then T(x) = ξ_μ exactly)
-with m = max‖ξ_μ‖, K the support, ε = error · m.
+    softmax              β = log(2m(K-1)/ε) / Δ_q     then ‖T(x) - ξ_μ‖ ≤ ε
+    α-entmax, normmax    β = m_sep / Δ_q              then T(x) = ξ_μ exactly (m_sep: `exact_recall_margin`)
+with m = max‖ξ_μ‖, K the support, ε = error · m. (The first is a tighter Theorem 4.1 of Hu et al., "Nonparametric Modern
+Hopfield Models", 2024.) At the distance βΔ from the first row the weight under α-entmax is at most
+(1 - (α-1)βΔ)_+^(1/(α-1)) of the first's, which is at most exp(-βΔ): so softmax's β serves every α within ε, and where α
+is so near 1 that exact recall asks for more, it is taken.
+
+An Epanechnikov recall (`lsr`) asks for two distances instead: its β leaves a cue its own memory within reach,
+β/2 d² ≤ 1, and every other beyond.
 
 Rules:
 - A β too low averages memories and loses what the search had found; one too high costs nothing until rounding
@@ -22,8 +28,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from service.core.retrieve import BETA_MAX
-from service.core.separation import Separation, exact_recall_margin
+from service.core.retrieve import BETA_MAX, BETA_MIN
+from service.core.separation import KSubsets, Polynomial, Separation, exact_recall_margin, named
 from service.errors import InvalidRequest
 
 # Scores sum about a thousand float32 products, so a score of unit patterns is off by up to about 1e-6. At this β that
@@ -66,7 +72,8 @@ def auto_beta(
     """β from the margins of n sampled cues of a stated corruption, over a support of `support` rows.
 
     error: ε as a part of norm_max = max‖ξ_μ‖; share: the cues to serve.
-    Raises InvalidRequest for no margins or a NaN among them, or error, share or norm_max out of range.
+    Raises InvalidRequest for no margins or a NaN among them, error, share or norm_max out of range, and a separation
+    whose recall no margin decides: lsr (see `lsr_beta`) and subsets of several rows.
     """
     if not 0 < error < 1 or not 0 < share <= 1 or not 0 < norm_max < math.inf:
         raise InvalidRequest(
@@ -75,6 +82,10 @@ def auto_beta(
         )
     if separation == "max":
         return BetaEstimate(1.0, math.nan, 1.0, True, "max takes the best row at any beta")
+    if isinstance(separation, Polynomial):
+        return BetaEstimate(1.0, math.nan, 1.0, True, "beta cancels out of a polynomial's weights")
+    if separation == "lsr" or (isinstance(separation, KSubsets) and separation.k > 1):
+        raise InvalidRequest(f"no margin gives {named(separation)} a beta at which a cue reaches its own memory alone")
     if support <= 1:
         return BetaEstimate(1.0, math.inf, 1.0, True, "a support of one row needs no beta")
     n = margins.shape[0]
@@ -84,7 +95,8 @@ def auto_beta(
     descending = margins.double().sort(descending=True).values
     wanted = math.ceil(Fraction(repr(share)) * n)
     exact = exact_recall_margin(separation)
-    log_odds = math.log(2 * (support - 1) / error) if exact is None else exact
+    near = math.log(2 * (support - 1) / error)
+    log_odds = near if exact is None else min(exact, near)
     cap = min(UNIT_BETA_MAX / norm_max**2, BETA_MAX)
     # A margin that asks for more than the cap is rounding's, as between duplicates: no beta settles such a cue.
     served = min(wanted, int((descending * cap >= log_odds).sum()))
@@ -99,3 +111,29 @@ def auto_beta(
             f"beta serves {served / n:.3g} of the cues, {share:g} were asked for: the others' own memory is not first"
         )
     return BetaEstimate(min(beta, cap), margin, served / n, not note, note)
+
+
+def lsr_beta(own: Float[Tensor, " n"], other: Float[Tensor, " n"]) -> BetaEstimate:
+    """The β at which the most of n sampled cues have their own memory within reach and no other (`lsr`).
+
+    own, other: ‖x - ξ‖² from each cue to its own memory and to the nearest other one (∞: there is none). A cue is
+    served by 2/other < β ≤ 2/own. `margin` is the squared reach 2/β: midway between the farthest own memory that is
+    served and the nearest other one to be kept out, so that rounding moves neither across.
+    Raises InvalidRequest for no distances, a NaN or a negative one.
+    """
+    if own.shape[0] == 0 or not (own >= 0).all() or not (other >= 0).all():
+        raise InvalidRequest("beta is estimated from at least one pair of squared distances, none of them negative")
+    own, other = own.double(), other.double()
+    # With a growing reach a cue is won at `own`, and lost again, or never won, once `other` is within it too.
+    reaches = own.sort().values
+    won = torch.searchsorted(reaches, reaches, right=True)
+    lost = torch.searchsorted(torch.maximum(own, other).sort().values, reaches, right=True)
+    served, best = (won - lost).max(0)
+    farthest = reaches[best]
+    kept_out = other[(own <= farthest) & (other > farthest)]
+    nearest = float(kept_out.amin()) if len(kept_out) else math.inf
+    reach = (float(farthest) + nearest) / 2.0 if nearest < math.inf else 2.0 * float(farthest)
+    beta = min(max(2.0 / reach, BETA_MIN), BETA_MAX) if reach > 0 else BETA_MAX
+    share = int(served) / own.shape[0]
+    note = "" if share == 1.0 else f"beta serves {share:.3g} of the cues: no one reach has every own memory alone in it"
+    return BetaEstimate(beta, 2.0 / beta, share, not note, note)

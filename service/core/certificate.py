@@ -8,6 +8,7 @@ Rules:
   s_(K) + 2 score_error.
 - Scores -∞ pad a short support and count as no row. If the support is all N rows, nothing is outside and nothing is
   lost.
+- Weights of 0 are those of float64: a softmax, a polynomial or an α near 1 may give a row outside up to 1e-308.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from service.core.separation import SparseSeparation, separate
+from service.core.separation import Separation, separate
 
 
 def softmax_bound(
@@ -37,8 +38,31 @@ def softmax_bound(
     return mass, 2.0 * norm_max * mass
 
 
+def polynomial_bound(
+    scores_topk: Float[Tensor, "batch support"],
+    rows_total: int,
+    degree: int,
+    norm_max: float,
+    score_error: float = 0.0,
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """What a polynomial separation gives to the rows outside, at most: (r, 2 m r), float64.
+
+    As for softmax, with max(s, 0)^(n-1) for exp(β s): a row outside weighs no more than one at the K-th score, and one
+    inside no less than its own score allows. Both scores move by the error, since ratios are not kept by a shift. Where
+    a score outside may be positive and all inside may be 0, the step over the support may be an abstention, which stays
+    where it is: the bound on the step is ∞.
+    """
+    _, outside, last = _outside(scores_topk, rows_total, 1.0, score_error / 2.0)
+    inside = (degree - 1) * (scores_topk.double() - score_error).clamp_min(0.0).log()
+    beyond = outside.log() + (degree - 1) * last.clamp_min(0.0).log()
+    nothing = (outside == 0) | (last <= 0)
+    mass = torch.sigmoid(beyond - inside.logsumexp(-1)).masked_fill(nothing, 0.0)
+    unbounded = ~nothing & (inside == -torch.inf).all(-1)
+    return mass, (2.0 * norm_max * mass).masked_fill(unbounded, torch.inf)
+
+
 def sparse_exact(
-    kind: SparseSeparation,
+    kind: Separation,
     scores_topk: Float[Tensor, "batch support"],
     beta: float | Float[Tensor, " batch"],
     rows_total: int,
@@ -47,7 +71,12 @@ def sparse_exact(
     """Whether the step over the support is the dense step: a row at the K-th score (raised by the error) would get
     weight 0.
 
-    For α-entmax this is (α-1) β s_(K) ≤ τ: then no row outside can enter the support of the weights.
+    Then no row outside changes the others' weights, whatever the separation, and being scored no higher none gets any:
+    α-entmax, normmax, k-subsets    the threshold that solves for the K rows lies at or over that row's logit, so it
+                                    solves for all rows: for α-entmax (α-1) β s_(K) ≤ τ. Under k-subsets k ≤ K follows.
+    polynomial                      s_(K) ≤ 0
+    lsr                             β s_(K) < -2, out of reach
+    softmax                         never, but by underflow: it has `softmax_bound`
     """
     logits, outside, last = _outside(scores_topk, rows_total, beta, score_error)
     challenger = separate(kind, torch.cat([logits, last.unsqueeze(-1)], dim=-1))[:, -1]

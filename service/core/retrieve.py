@@ -11,7 +11,8 @@ Rules:
   not matter, and of the full step, so that a short step_size is not mistaken for rest. It then takes no further step,
   so what is returned is the point that was found to be fixed. A point scored on some of the blocks is never at rest:
   the next one is scored on others.
-- A settled cue is frozen: its state and weights stay, its later energies are NaN. A cue without rows never moves.
+- A settled cue is frozen: its state and weights stay, its later energies are NaN. A cue without rows never moves, and
+  one whose separation abstains (all weights 0) moves no further.
 - With cosine the dynamics run on unit blocks: stored rows are unit, and the cue is made so. Values of a block that is
   not observed are ignored.
 """
@@ -21,14 +22,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from service.core.energy import energy
-from service.core.separation import Separation, SparseSeparation, separate
+from service.core.separation import NAMES, Polynomial, Separation, abstains, is_separation, separate
 from service.core.similarity import MAGNITUDE_MAX, Blocks, normalise_rows, overlaps, scores, spread
 from service.core.update import update
 from service.errors import InvalidRequest, NothingObserved
@@ -42,8 +42,6 @@ UPDATE_STEPS_MAX = 100
 BETA_MAX = 1e9
 BETA_MIN = 1e-30
 
-_SEPARATIONS = ("softmax", *get_args(SparseSeparation))
-
 
 class Outcome(IntEnum):
     """How the iteration ended for one cue."""
@@ -52,6 +50,7 @@ class Outcome(IntEnum):
     STEPS_EXHAUSTED = 1
     NO_STEPS = 2  # none were asked for (update_steps_max=0)
     NO_ROWS = 3  # no stored pattern took part
+    ABSTAINED = 4  # the separation gave no stored pattern any weight at the state returned
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,8 @@ class Retrieval:
     """What recall reached. `steps` on the time axis is the number of steps that the slowest cue took.
 
     state: x after the last step; with cosine a mean of unit blocks.
-    weights: sep(β K(Ξ, x)) at that state; all 0 for a cue without rows. With update_steps_max=0, at the cue.
+    weights: sep(β K(Ξ, x)) at that state; all 0 for a cue without rows or an abstention. With update_steps_max=0, at
+    the cue.
     energy: [0] of the cue on its observed blocks, [t] after step t on the whole state; NaN once a cue has settled or
     has no rows.
     steps: steps taken by each cue; outcome: an `Outcome` each.
@@ -101,11 +101,12 @@ def retrieve(
     first_scores: K on the observed blocks, if a search has computed them; used instead of scoring the cue again.
     clamp_observed: the cue's own blocks keep their values.
 
-    Raises InvalidRequest for shapes that do not fit and numbers out of range, NothingObserved for a cue with no
-    observed block.
+    Raises InvalidRequest for shapes that do not fit, numbers out of range and a separation that does not fit the
+    similarity, NothingObserved for a cue with no observed block.
     """
     _check_shapes(blocks, stored, state, beta=beta, observed=observed, valid=valid, first_scores=first_scores)
-    _check_numbers(beta, separation, step_size, update_steps_max, update_steps_eps)
+    _check_numbers(beta, step_size, update_steps_max, update_steps_eps)
+    _check_separation(separation, blocks)
     _check_cue(blocks, state, observed)
     batch, rows = state.shape[0], stored.shape[-2]
     dynamics = _Dynamics(blocks, stored, beta, separation, valid)
@@ -134,11 +135,14 @@ def retrieve(
     energies = [point.energy if frozen is None else point.energy.masked_fill(frozen, torch.nan)]
     points = [point]
     steps = torch.zeros(batch, dtype=torch.int64, device=x.device)
+    may_abstain = abstains(separation)
     for t in range(update_steps_max + 1):
         whole = update(stored, point.state, point.weights, clamped)
         settled = _at_rest(point.state, whole, update_steps_eps)
         if t == 0 and observed is not None:
             settled = settled & observed.all(-1)
+        if may_abstain:
+            settled = settled | ~point.weights.any(-1)
         if frozen is not None:
             settled = settled | frozen
         at_rest = int(settled.sum())
@@ -162,6 +166,8 @@ def retrieve(
     outcome = torch.full((batch,), unfinished, device=x.device)
     if frozen is not None and update_steps_max:
         outcome = outcome.masked_fill(frozen, Outcome.CONVERGED)
+    if may_abstain:
+        outcome = outcome.masked_fill(~point.weights.any(-1), Outcome.ABSTAINED)
     if without_rows is not None:
         outcome = outcome.masked_fill(without_rows, Outcome.NO_ROWS)
     return Retrieval(
@@ -245,9 +251,7 @@ def _check_shapes(blocks: Blocks, stored: Tensor, state: Tensor, **others: float
             raise InvalidRequest(f"{name} {tuple(value.shape)} should be {wanted[name]}")
 
 
-def _check_numbers(
-    beta: float | Tensor, separation: Separation, step_size: float, update_steps_max: int, update_steps_eps: float
-) -> None:
+def _check_numbers(beta: float | Tensor, step_size: float, update_steps_max: int, update_steps_eps: float) -> None:
     in_range = (
         bool(((beta >= BETA_MIN) & (beta <= BETA_MAX)).all())
         if isinstance(beta, Tensor)
@@ -255,14 +259,22 @@ def _check_numbers(
     )
     if not in_range:
         raise InvalidRequest(f"beta is positive, from {BETA_MIN:g} to {BETA_MAX:g}, not {beta}")
-    if separation not in _SEPARATIONS:
-        raise InvalidRequest(f"separation is one of {', '.join(_SEPARATIONS)}, not {separation!r}")
     if not 0 < step_size <= 1:
         raise InvalidRequest(f"step_size is over 0 and at most 1, not {step_size}")
     if not 0 <= update_steps_max <= UPDATE_STEPS_MAX:
         raise InvalidRequest(f"update_steps_max is from 0 to {UPDATE_STEPS_MAX}, not {update_steps_max}")
     if not (update_steps_eps >= 0 and math.isfinite(update_steps_eps)):
         raise InvalidRequest(f"update_steps_eps is at least 0, not {update_steps_eps}")
+
+
+def _check_separation(separation: Separation, blocks: Blocks) -> None:
+    if not is_separation(separation):
+        known = ", ".join((*NAMES, "Entmax(alpha)", "Polynomial(degree)", "KSubsets(k)"))
+        raise InvalidRequest(f"separation is one of {known}, not {separation!r}")
+    if separation == "lsr" and blocks.similarity != "neg_l2":
+        raise InvalidRequest(f"lsr separates squared distances, neg_l2, not {blocks.similarity}")
+    if isinstance(separation, Polynomial) and blocks.similarity == "neg_l2":
+        raise InvalidRequest("neg_l2 is never positive, so a polynomial of it would abstain from every cue")
 
 
 def _check_cue(blocks: Blocks, state: Tensor, observed: Tensor | None) -> None:

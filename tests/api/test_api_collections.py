@@ -79,7 +79,7 @@ def test_life_of_a_collection(http: httpx.Client) -> None:
         ({"spaces": {}}, "invalid_request"),
         ({"spaces": VECTORS, "corruptions": [{"kind": "noize"}]}, "invalid_request"),
         ({"spaces": VECTORS, "recall": {"beta": 0}}, "invalid_request"),
-        ({"spaces": VECTORS, "recall": {"separation": {"entmax": 1.7}}}, "invalid_request"),
+        ({"spaces": VECTORS, "recall": {"separation": {"entmax": 0.7}}}, "invalid_request"),
         ({"spaces": {"v": {"dimension": 4, "similarity": "neg_l2"}}, "gate": {"interaction": {"prototypes": 4}}},
          "invalid_request"),
     ],

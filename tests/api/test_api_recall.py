@@ -113,7 +113,10 @@ def test_between_two_memories_the_verdict_is_ambiguous(http: httpx.Client, vecto
     assert result["recall"]["margin"] < 0.001
 
 
-@pytest.mark.parametrize("separation", ["softmax", "sparsemax", "max", {"entmax": 1.5}, {"entmax": 1}, {"entmax": 2}])
+@pytest.mark.parametrize(
+    "separation",
+    ["softmax", "sparsemax", "max", *({"entmax": alpha} for alpha in (1, 1.2, 1.5, 2, 3, 8))],
+)
 @pytest.mark.parametrize("support", [1, 8, 64, "dense"])
 def test_every_separation_over_every_support(http: httpx.Client, vectors: str, separation: Any, support: Any) -> None:
     result = one(http, vectors, noisy(9), separation=separation, support=support, limit=4, certify=True)
@@ -241,7 +244,7 @@ def test_latents_can_be_a_cue_too(http: httpx.Client, pictures: str) -> None:
             ({"cue": noisy(0), **wrong}, "invalid_request")
             for wrong in (
                 {"limit": 0}, {"limit": 1001}, {"beta": 0}, {"beta": -1}, {"beta": "hot"}, {"separation": "softmaks"},
-                {"separation": {"entmax": 3}}, {"support": 0}, {"support": "sparse"}, {"update_steps_max": -1},
+                {"separation": {"entmax": 9}}, {"support": 0}, {"support": "sparse"}, {"update_steps_max": -1},
                 {"update_steps_max": 101}, {"step_size": 0}, {"step_size": 1.5}, {"spaces": {"v": 0}}, {"limits": 3},
             )
         ],
@@ -250,6 +253,17 @@ def test_latents_can_be_a_cue_too(http: httpx.Client, pictures: str) -> None:
 )  # fmt: skip
 def test_recalls_that_cannot_be(http: httpx.Client, vectors: str, body: dict[str, Any], code: str) -> None:
     refused(http, vectors, body, code)
+
+
+@pytest.mark.parametrize("wrong", ["softmaks", {"entmax": 0.5}, {"entmax": 8.01}, {"entmaks": 1.5}, {}, 3])
+def test_a_separation_that_is_not_served_is_told_what_is(http: httpx.Client, vectors: str, wrong: Any) -> None:
+    """In one sentence: not what was wrong with each member of a union."""
+    served = 'served are softmax, sparsemax, max, and {"entmax": α} with α from 1 (softmax) over 2 (sparsemax) to 8'
+    recall = http.post(f"{vectors}/recall", json={"cue": noisy(0), "separation": wrong})
+    collection = http.put("/v1/collections/never", json={"recall": {"separation": wrong}})
+    assert (recall.status_code, collection.status_code) == (422, 422)
+    assert recall.json()["detail"] == f"separation: {served}, not {wrong!r}"
+    assert collection.json()["detail"] == f"recall.separation: {served}, not {wrong!r}"
 
 
 def test_a_mask_that_hides_all_leaves_nothing(http: httpx.Client, pictures: str) -> None:

@@ -123,7 +123,7 @@ def test_other_vectors_under_the_same_ids_make_a_calibration_stale(engine: Engin
     assert ask(engine, {"vectors": {"v": -ROWS[5]}})["verdict"] == "known"
 
 
-@pytest.mark.parametrize("separation", ["softmax", "sparsemax", "max", {"entmax": 1.5}])
+@pytest.mark.parametrize("separation", ["softmax", "sparsemax", "max", {"entmax": 1.5}, {"entmax": 1.1}, {"entmax": 4}])
 def test_an_exact_cue_is_known_by_every_separation(engine: Engine, separation: Any) -> None:
     make(engine)
     store(engine, rows(ROWS))

@@ -7,11 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.core.certificate import softmax_bound, sparse_exact
-from service.core.separation import separate
+from service.core.certificate import polynomial_bound, softmax_bound, sparse_exact
+from service.core.separation import Entmax, KSubsets, Polynomial, Separation, separate
 from service.core.support import top_k
 
-SPARSE = ("sparsemax", "entmax15", "max")
+SPARSE: tuple[Separation, ...] = ("sparsemax", Entmax(1.5), "normmax", Entmax(1.3), Entmax(2.5), KSubsets(2))
+CERTIFIED = (*SPARSE, "max", "lsr", Polynomial(3))
 seeds = st.integers(0, 2**32 - 1)
 betas = st.floats(0.01, 50.0)
 
@@ -41,9 +42,41 @@ def test_the_softmax_bound_holds_for_one_step(seed: int, rows: int, k: int, beta
         assert (mass == 0).all()
 
 
-@given(seeds, st.integers(1, 40), st.integers(1, 40), betas, st.sampled_from(SPARSE), st.sampled_from((0.0, 0.1)))
+@given(seeds, st.integers(1, 40), st.integers(1, 40), st.integers(2, 12), st.sampled_from((0.0, 1e-6, 0.1)))
+def test_the_polynomial_bound_holds_for_one_step(seed: int, rows: int, k: int, degree: int, error: float) -> None:
+    stored, exact, g = memory(seed, rows)
+    computed = exact + error * (2 * torch.rand(exact.shape, generator=g, dtype=torch.float64) - 1)
+    best, kept = top_k(computed, k)
+    norm_max = float(stored.norm(dim=-1).amax())
+    mass, bound = polynomial_bound(best, rows, degree, norm_max, score_error=error)
+    dense = separate(Polynomial(degree), exact)
+    outside = dense.scatter(-1, kept, 0.0).sum(-1)
+    assert (outside <= mass + 1e-12).all()
+    over_support = separate(Polynomial(degree), exact.gather(-1, kept))
+    step = torch.einsum("bk,bkd->bd", over_support, stored[kept])
+    stays = (over_support == 0).all(-1)  # an abstention: the step leads to the state, not to 0
+    assert torch.where(stays, bound == torch.inf, True)[dense.any(-1)].all()
+    off = (dense @ stored - step).norm(dim=-1)
+    assert (off <= bound + 1e-12).all()
+    if k >= rows:
+        assert (mass == 0).all()
+
+
+def test_a_polynomial_support_that_ends_at_zero_loses_nothing() -> None:
+    scores = torch.tensor([[3.0, 1.0, 0.0], [3.0, 1.0, -2.0], [3.0, 2.0, 1.0], [-1.0, -2.0, -3.0]]).double()
+    mass, bound = polynomial_bound(scores, 13, 3, 1.0)
+    assert mass.tolist() == pytest.approx([0.0, 0.0, 10 / 24, 0.0])
+    assert bound.tolist() == pytest.approx([0.0, 0.0, 20 / 24, 0.0])
+    assert sparse_exact(Polynomial(3), scores, 1.0, 13).tolist() == [True, True, False, True]
+    mass, bound = polynomial_bound(scores[3:] + 0.95, 13, 3, 1.0, score_error=0.1)
+    assert (mass.item(), bound.item()) == (0.0, 0.0)
+    mass, bound = polynomial_bound(scores[3:, :1] + 0.95, 13, 3, 1.0, score_error=0.1)
+    assert (mass.item(), bound.item()) == (1.0, torch.inf)
+
+
+@given(seeds, st.integers(1, 40), st.integers(1, 40), betas, st.sampled_from(CERTIFIED), st.sampled_from((0.0, 0.1)))
 def test_a_sparse_certificate_means_that_the_dense_step_has_no_other_row(
-    seed: int, rows: int, k: int, beta: float, kind: str, error: float
+    seed: int, rows: int, k: int, beta: float, kind: Separation, error: float
 ) -> None:
     _, exact, g = memory(seed, rows)
     computed = exact + error * (2 * torch.rand(exact.shape, generator=g, dtype=torch.float64) - 1)
@@ -56,9 +89,9 @@ def test_a_sparse_certificate_means_that_the_dense_step_has_no_other_row(
         assert certified.all()
 
 
-@given(seeds, st.integers(2, 30), betas, st.sampled_from(SPARSE[:2]))
+@given(seeds, st.integers(2, 30), betas, st.sampled_from(SPARSE))
 def test_without_a_sparse_certificate_a_row_tied_with_the_last_takes_part(
-    seed: int, k: int, beta: float, kind: str
+    seed: int, k: int, beta: float, kind: Separation
 ) -> None:
     """The condition is exact in the next score s_(K+1): a copy of the K-th row is outside the weights iff it is
     certified.

@@ -30,12 +30,12 @@ from torch import Tensor
 
 from service.core.energy import energy
 from service.core.retrieve import Outcome, retrieve
-from service.core.separation import exact_recall_margin, separate
+from service.core.separation import Entmax, exact_recall_margin, separate
 from service.core.similarity import Blocks, Similarity, normalise_rows, overlaps, scores
 from service.core.support import top_k
 from service.core.update import update
 
-SEPARATIONS = ("softmax", "sparsemax", "entmax15", "max")
+SEPARATIONS = ("softmax", "sparsemax", Entmax(1.5), "max")
 SIMILARITIES = ("cosine", "dot", "neg_l2")
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-11}
 CONTENTS = ("plain", "zero rows", "zero blocks", "huge", "tiny", "duplicates", "single", "all zero", "zero cue")
@@ -338,7 +338,7 @@ def test_energy_is_the_formula(make: Callable[[], Net], separation: str) -> None
     omega = {
         "softmax": torch.special.xlogy(p, p).sum(-1),
         "sparsemax": (p.pow(2).sum(-1) - 1) / 2,
-        "entmax15": (p.pow(1.5).sum(-1) - 1) / 0.75,
+        Entmax(1.5): (p.pow(1.5).sum(-1) - 1) / 0.75,
         "max": torch.zeros(4),
     }[separation]
     squares = torch.stack([states[:, part].square().sum(-1) for part in net.blocks.slices], dim=-1)

@@ -12,13 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.core.retrieve import BETA_MAX, UPDATE_STEPS_MAX, Outcome, retrieve
+from service.core.separation import Entmax, KSubsets, Polynomial, Separation
 from service.core.similarity import MAGNITUDE_MAX, Blocks, normalise_rows, scores
-from service.core.support import top_k
 from service.errors import InvalidRequest, NothingObserved
 
 COSINE = Blocks((4,), (1.0,))
 STORED = torch.eye(4)[:3]
 CUE = torch.tensor([[0.9, 0.1, 0.0, 0.0]])
+SEPARATIONS: tuple[Separation, ...] = (
+    "softmax", "sparsemax", Entmax(1.5), "max", "normmax", Entmax(1.3), Entmax(3.0), KSubsets(1), Polynomial(8),
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -74,8 +77,8 @@ def test_an_empty_memory_is_an_outcome(steps: int) -> None:
     assert result.states.shape == (1, 1, 4)
 
 
-@pytest.mark.parametrize("separation", ["softmax", "sparsemax", "entmax15", "max"])
-def test_a_cue_without_rows_does_not_disturb_the_others(separation: str) -> None:
+@pytest.mark.parametrize("separation", SEPARATIONS)
+def test_a_cue_without_rows_does_not_disturb_the_others(separation: Separation) -> None:
     valid = torch.tensor([[False] * 3, [True] * 3])
     cues = CUE.repeat(2, 1)
     result = retrieve(COSINE, STORED, cues, beta=9.0, separation=separation, valid=valid)
@@ -106,8 +109,8 @@ def test_the_first_step_sees_the_observed_blocks_and_later_ones_all() -> None:
 
 
 @pytest.mark.parametrize("beta", [20.0, 50.0, 200.0])
-@pytest.mark.parametrize("separation", ["softmax", "sparsemax", "entmax15", "max"])
-def test_a_memory_that_lacks_a_block_is_recalled_by_the_others(beta: float, separation: str) -> None:
+@pytest.mark.parametrize("separation", SEPARATIONS)
+def test_a_memory_that_lacks_a_block_is_recalled_by_the_others(beta: float, separation: Separation) -> None:
     """The trace of a neighbour's last block must not grow to the size of a block once the winner has none there."""
     blocks = Blocks((8, 8, 8), (1.0, 1.0, 1.0))
     g = torch.Generator().manual_seed(5)
@@ -142,8 +145,8 @@ def test_a_cue_that_is_a_memory_is_at_rest_before_any_step() -> None:
     assert int(result.weights.argmax()) == 1
 
 
-@given(st.integers(0, 2**32 - 1), st.floats(0.1, 1.0), st.sampled_from(("softmax", "sparsemax", "entmax15", "max")))
-def test_clamped_blocks_keep_the_cue(seed: int, step_size: float, separation: str) -> None:
+@given(st.integers(0, 2**32 - 1), st.floats(0.1, 1.0), st.sampled_from(SEPARATIONS[:-1]))
+def test_clamped_blocks_keep_the_cue(seed: int, step_size: float, separation: Separation) -> None:
     g = torch.Generator().manual_seed(seed)
     blocks = Blocks((3, 4), (1.0, 0.5))
     stored, cues = normalise_rows(torch.randn(5, 7, generator=g), blocks), torch.randn(2, 7, generator=g)
@@ -187,7 +190,12 @@ def test_half_precision_patterns_are_recalled_in_float32(dtype: torch.dtype, sim
         ({"update_steps_max": UPDATE_STEPS_MAX + 1}, "update_steps_max"),
         ({"update_steps_eps": -1e-9}, "update_steps_eps"),
         ({"update_steps_eps": math.nan}, "update_steps_eps"),
-        ({"separation": "hardmax"}, "separation is one of softmax, sparsemax, entmax15, max, not 'hardmax'"),
+        (
+            {"separation": "hardmax"},
+            r"separation is one of softmax, sparsemax, max, normmax, lsr, Entmax\(alpha\), Polynomial\(degree\), "
+            r"KSubsets\(k\), not 'hardmax'",
+        ),
+        ({"separation": "lsr"}, "lsr separates squared distances, neg_l2, not cosine"),
         ({"state": torch.ones(1, 5)}, r"state \(1, 5\) and stored \(3, 4\)"),
         ({"state": torch.ones(4)}, r"state \(4,\) and stored \(3, 4\)"),
         ({"stored": torch.ones(2, 3, 4)}, r"state \(1, 4\) and stored \(2, 3, 4\)"),
@@ -237,15 +245,3 @@ def test_values_whose_scores_would_overflow_are_refused(similarity: str) -> None
 def test_blocks_that_make_no_sense_are_refused(arguments: dict[str, object]) -> None:
     with pytest.raises(InvalidRequest):
         Blocks(**arguments)
-
-
-def test_top_k_orders_ties_by_row_and_pads() -> None:
-    values = torch.tensor([[1.0, 5.0, 5.0, 0.0, 5.0]])
-    best, rows = top_k(values, 4)
-    assert best.tolist() == [[5.0, 5.0, 5.0, 1.0]]
-    assert rows.tolist() == [[1, 2, 4, 0]]
-    best, rows = top_k(values, 9, torch.tensor([[True, False, True, False, False]]))
-    assert rows.tolist() == [[2, 0, -1, -1, -1]]
-    assert best.tolist() == [[5.0, 1.0] + [-math.inf] * 3]
-    with pytest.raises(InvalidRequest, match="at least one row"):
-        top_k(values, 0)
