@@ -5,7 +5,8 @@ score = Σ_s w_s K_s / Σ_s w_s over the cue's spaces, K_s being
     ⟨Wû, Wx̂⟩ / (‖Wû‖‖Wx̂‖)             cosine under a kernel W
 and of one space alone
     ⟨ξ, x⟩                               dot
-    -‖ξ - x‖²                            neg_l2, and under cosine where raw values are asked for
+    -‖ξ - x‖²                            neg_l2, and under cosine where raw values are asked for; over the values that
+                                         the cue shows (those that are not 0) where that is asked for
 
 Rules:
 - A space under a kernel is asked twice over: of rows by WᵀWx̂/‖Wx̂‖, of a graph's keys by Wx̂/‖Wx̂‖.
@@ -32,6 +33,7 @@ class Queries:
     score; under `distances` −‖ξ − x‖² is made of them.
 
     `keys[space]` (batch, r) asks a graph over the keys of `kernels[space]`. `raw`: rows are compared with their norms.
+    `shown` (batch, d_s): 1 where a value counts, of one space's distances; None: all do.
     """
 
     rows: Mapping[str, Tensor]
@@ -39,6 +41,7 @@ class Queries:
     kernels: Mapping[str, Kernel]
     distances: bool
     raw: bool
+    shown: Tensor | None
 
     @property
     def batch(self) -> int:
@@ -53,6 +56,7 @@ def make_queries(
     kernels: Mapping[str, Kernel],
     registered: Mapping[Named, Projection],
     raw: bool,
+    observed: bool,
 ) -> Queries:
     """`kernels` may name spaces that the cue lacks. Raises UnknownSpace, WrongDimension, NothingObserved,
     InvalidRequest."""
@@ -63,6 +67,8 @@ def make_queries(
         raise InvalidRequest("The weights of a cue's spaces must be positive.")
     if raw and (layout.similarity != "cosine" or len(cue) > 1 or kernels):
         raise InvalidRequest("Raw values are compared in one space, without a kernel, where similarity is cosine.")
+    if observed and not raw:
+        raise InvalidRequest("What a cue shows is told apart of raw values alone.")
     rows, keys = {}, {}
     for name, block in cue.items():
         dimension = layout.space(name).dimension
@@ -81,4 +87,5 @@ def make_queries(
                 query = query * (weights[name] / total)
         rows[name] = query.contiguous()
     asked = {name: kernels[name] for name in keys}
-    return Queries(rows, keys, asked, distances=raw or layout.similarity == "neg_l2", raw=raw)
+    shown = (next(iter(rows.values())) != 0).to(torch.float32) if observed else None
+    return Queries(rows, keys, asked, distances=raw or layout.similarity == "neg_l2", raw=raw, shown=shown)

@@ -34,6 +34,9 @@ BLOCK_VALUES_MAX = 2**26
 """Values in one block of scores or gathered rows: 256 MB of float32. A scan of 10M rows by 256 cues at once would take
 10 GB; blocks this large are already as fast as one."""
 
+SQUARES_VALUES_MAX = 2**20
+"""Values of a block whose squares are made for one search: 4 MB, which stay in the cache for the product with them."""
+
 SPARSE_SHARE = 0.2
 """Under this share of alive rows a segment is scanned: HNSW under a selector returned 2.6 of 10 rows at a share of
 .005."""
@@ -272,7 +275,8 @@ class Part:
         sparse = self.alive_rows() if self.alive < SPARSE_SHARE * self.count else None
         total = self.count if sparse is None else self.alive
         # A block is bounded both as scores (batch × rows) and as gathered rows (rows × values).
-        step = max(1, BLOCK_VALUES_MAX // max(batch, self.segment.layout.dimension))
+        values_max = BLOCK_VALUES_MAX if queries.shown is None else SQUARES_VALUES_MAX
+        step = max(1, values_max // max(batch, self.segment.layout.dimension))
         best_scores = torch.empty(batch, 0, device=self.segment.device)
         best_rows = torch.empty(batch, 0, dtype=torch.int64, device=self.segment.device)
         for start in range(0, total, step):
@@ -301,12 +305,17 @@ class Part:
         for position, (name, query) in enumerate(queries.rows.items()):
             norms = segment.norms[name][: self.count][chosen]
             factors = self.factors(name, queries.kernels.get(name), queries.raw)
-            scores = query @ segment.vectors[name][: self.count][chosen].T
+            block = segment.vectors[name][: self.count][chosen]
+            scores = query @ block.T
             if factors is not None:
                 factors = factors[chosen]
                 scores = scores.mul_(factors)
             if queries.distances:
-                scores = scores.mul_(2).sub_(norms.square()).sub_(query.square().sum(dim=1, keepdim=True))
+                sizes = norms.square()
+                if queries.shown is not None:
+                    # Of unit rows, so that the norm squared comes back in.
+                    sizes = (queries.shown @ block.square().T).mul_(sizes)
+                scores = scores.mul_(2).sub_(sizes).sub_(query.square().sum(dim=1, keepdim=True))
             if queries.raw:
                 # Under cosine a norm may be too large for its square: then the row is as far as can be said.
                 scores = scores.nan_to_num_(nan=FARTHEST, neginf=FARTHEST)
@@ -347,7 +356,9 @@ class Part:
                 factors = self.factors(name, queries.kernels.get(name), queries.raw)
                 if queries.distances:
                     block = block if factors is None else block * factors[chosen].unsqueeze(2)
-                    scores[some] -= (block - query[some, None]).square().sum(dim=2)
+                    away = block - query[some, None]
+                    away = away if queries.shown is None else away * queries.shown[some, None]
+                    scores[some] -= away.square().sum(dim=2)
                 else:
                     product = torch.bmm(block, query[some, :, None]).squeeze(2)
                     scores[some] += product if factors is None else product * factors[chosen]

@@ -108,6 +108,7 @@ class View:
         exclude: Int[Tensor, " batch"] | None = None,
         kernels: Mapping[str, Kernel] | None = None,
         raw: bool = False,
+        observed: bool = False,
     ) -> Found:
         """The `limit` best memories for each cue.
 
@@ -116,12 +117,15 @@ class View:
         cue.
 
         `kernels` are those to compare spaces under, the cue's or others; the rest are compared as they are. `raw`
-        scores −‖x − ξ‖² over the raw values of a cue's one space, under cosine. Raises UnknownSpace, WrongDimension,
-        NothingObserved, InvalidRequest; ValueError for a kernel that `Bank.add_kernel` had not brought.
+        scores −‖x − ξ‖² over the raw values of a cue's one space, under cosine; with `observed` over those values that
+        are not 0 in the cue. Raises UnknownSpace, WrongDimension, NothingObserved, InvalidRequest; ValueError for a
+        kernel that `Bank.add_kernel` had not brought.
         """
         if limit < 1:
             raise InvalidRequest(f"limit must be at least 1, found {limit}.")
-        queries = make_queries(self.layout, self.device, cue, weights, self._known(kernels, raw), self.kernels, raw)
+        queries = make_queries(
+            self.layout, self.device, cue, weights, self._known(kernels, raw), self.kernels, raw, observed
+        )
         wanted = limit if exclude is None else limit + 1
         scores, rows, all_compared = self._merged(queries, wanted, exact)
         if exclude is not None:
