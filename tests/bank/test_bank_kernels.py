@@ -50,7 +50,11 @@ def rows() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def cues(rows: np.ndarray) -> Tensor:
-    return torch.from_numpy(rows[:100] + 0.3 * np.random.default_rng(2).normal(size=(100, D)).astype(np.float32))
+    """Stored rows with noise; a fifth of their values are not known, and 0."""
+    rng = np.random.default_rng(2)
+    noisy = rows[:100] + 0.3 * rng.normal(size=(100, D)).astype(np.float32)
+    noisy[rng.random(size=noisy.shape) < 0.2] = 0
+    return torch.from_numpy(noisy)
 
 
 def dense(rows: np.ndarray, cues: Tensor, metric: str, kernel: Kernel) -> Tensor:
@@ -58,6 +62,8 @@ def dense(rows: np.ndarray, cues: Tensor, metric: str, kernel: Kernel) -> Tensor
     stored, state = torch.from_numpy(rows).double(), cues.double()
     if metric == "raw":
         return -torch.cdist(state, stored).square()
+    if metric == "observed":
+        return torch.stack([-((stored - cue)[:, cue != 0]).square().sum(1) for cue in state])
     if metric == "kernel":
         weight = kernel.weight.double()
         stored, state = stored @ weight.T, state @ weight.T
@@ -65,7 +71,7 @@ def dense(rows: np.ndarray, cues: Tensor, metric: str, kernel: Kernel) -> Tensor
 
 
 @pytest.mark.parametrize("graph", ["none", "plain", "keys"])
-@pytest.mark.parametrize("metric", ["plain", "kernel", "raw"])
+@pytest.mark.parametrize("metric", ["plain", "kernel", "raw", "observed"])
 def test_every_metric_by_scan_and_by_graph(metric: str, graph: str, rows: np.ndarray, cues: Tensor) -> None:
     """A graph answers for what it was built on; whatever else is asked is scanned; scores are the metric's own."""
     kernel = random_kernel()
@@ -76,7 +82,8 @@ def test_every_metric_by_scan_and_by_graph(metric: str, graph: str, rows: np.nda
     assert seal(bank) == (graph != "none")
     view = bank.view()
     kernels = {"v": kernel} if metric == "kernel" else None
-    found = view.search({"v": cues}, {"v": 1.0}, K, kernels=kernels, raw=metric == "raw")
+    asked = {"kernels": kernels, "raw": metric in {"raw", "observed"}, "observed": metric == "observed"}
+    found = view.search({"v": cues}, {"v": 1.0}, K, **asked)
     assert found.exact == ((metric, graph) not in {("plain", "plain"), ("kernel", "keys")})
     truth = dense(rows, cues, metric, kernel)
     best = truth.topk(K).values
@@ -84,7 +91,7 @@ def test_every_metric_by_scan_and_by_graph(metric: str, graph: str, rows: np.nda
     torch.testing.assert_close(found.scores.double(), own, rtol=1e-4, atol=1e-4)
     right = (own >= best[:, -1:] - 1e-4 * best[:, -1:].abs()).double().mean()
     assert right >= (1.0 if found.exact else 0.9)
-    exact = view.search({"v": cues}, {"v": 1.0}, K, exact=True, kernels=kernels, raw=metric == "raw")
+    exact = view.search({"v": cues}, {"v": 1.0}, K, exact=True, **asked)
     torch.testing.assert_close(exact.scores.double(), best, rtol=1e-4, atol=1e-4)
 
 
@@ -237,6 +244,17 @@ def test_raw_values_of_every_size_are_compared() -> None:
     assert (found.scores[:, :5] > -torch.inf).all()
 
 
+def test_a_part_of_a_memory_is_at_no_distance_from_it(rows: np.ndarray) -> None:
+    view = filled(rows, 10**9).view()
+    part = torch.from_numpy(rows[:20]).clone()
+    part[:, D // 2 :] = 0
+    found = view.search({"v": part}, {"v": 1.0}, 2, raw=True, observed=True)
+    assert [line[0] for line in view.ids(found.rows)] == [str(i) for i in range(20)]
+    torch.testing.assert_close(found.scores[:, 0], torch.zeros(20), rtol=0, atol=1e-9)
+    nothing = view.search({"v": torch.zeros(1, D)}, {"v": 1.0}, 2, raw=True, observed=True)
+    assert nothing.scores.tolist() == [[0.0, 0.0]]
+
+
 def test_what_is_not_asked_right_is_refused(rows: np.ndarray) -> None:
     bank, kernel = filled(rows[:10], 10**9), random_kernel()
     with pytest.raises(UnknownSpace):
@@ -266,6 +284,8 @@ def test_what_is_not_asked_right_is_refused(rows: np.ndarray) -> None:
         view.matrix({"v": kernel})
     with pytest.raises(ValueError, match="raw"):
         view.search(cue, {"v": 1.0}, 1, kernels={"v": many[0]}, raw=True)
+    with pytest.raises(InvalidRequest, match="raw"):
+        view.search(cue, {"v": 1.0}, 1, observed=True)
     with pytest.raises(InvalidRequest, match="Raw"):
         Bank(Layout((SpaceLayout("v", D),), "neg_l2")).view().search(cue, {"v": 1.0}, 1, raw=True)
     two = Bank(Layout((SpaceLayout("a", 2), SpaceLayout("b", 2)))).view()
