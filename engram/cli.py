@@ -33,6 +33,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from engram import diagnose as diagnosis
 from engram.client import Client, Collection
 from engram.files import ENDINGS, caption_of, find_pictures, read_captions
 from engram.replies import CollectionInfo, Recall, StoreReply
@@ -173,6 +174,22 @@ def collections(data: Data = None, url: Url = None) -> None:
         spaces = ", ".join(f"{name} ({space['encoder'] or 'your vectors'})" for name, space in info.spaces.items())
         table.add_row(escape(info.name), f"{info.count:,}", spaces, _gate(info), info.created_at[:16].replace("T", " "))
     out.print(table)
+
+
+@app.command()
+def diagnose(
+    collection: Name = "memories",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    data: Data = None,
+    url: Url = None,
+) -> None:
+    """Say how well a collection's memories are told apart, and what holds them."""
+    with _client(data, url, must_exist=True) as client:
+        found = client.collection(collection).diagnostics()
+    if as_json:
+        sys.stdout.write(diagnosis.as_json(found) + "\n")
+    else:
+        diagnosis.show(out, collection, found)
 
 
 @app.command()

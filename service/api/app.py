@@ -22,6 +22,7 @@ from starlette.routing import Route
 from service.api import bodies, problems
 from service.api.edge import Edge
 from service.app.engine import Engine
+from service.app.reports import Diagnostics
 from service.app.schemas import (
     CollectionConfig,
     CollectionInfo,
@@ -144,6 +145,12 @@ async def list_collections(engine: Engine_) -> CollectionList:
 async def get_collection(collection: CollectionName, engine: Engine_) -> CollectionInfo:
     """What the collection is: its spaces with their encoders, its calibration, its size."""
     return engine.collection(collection)
+
+
+@v1.get("/collections/{collection}/diagnostics", tags=["collections"])
+async def get_diagnostics(collection: CollectionName, engine: Engine_, pool: Pool_) -> Diagnostics:
+    """How well the memories are told apart, what β rests on, what is nearly stored twice, and what it all holds."""
+    return await pool.run(engine.diagnostics, collection)
 
 
 @v1.delete("/collections/{collection}", status_code=204, tags=["collections"])
