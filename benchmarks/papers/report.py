@@ -3,7 +3,8 @@
 Rules:
 - Numbers are formatted here alone. A cell of several numbers is one figure per seed: it prints as mean ± standard
   deviation (of the sample, n - 1).
-- The head says the command, the size, the seeds, the machine, torch, the threads and the seconds.
+- The head says the command, the size, the seeds, the machine, torch, the threads, and the seconds: of a clock, and of
+  the processor, which other work on the machine does not lengthen.
 - Figures are PNG files of a bounded size beside the Markdown: they are kept in the repository.
 """
 
@@ -39,7 +40,7 @@ class Report:
         self.title, self.out_dir, self.slug, self.size = title, out_dir, slug, size
         self.seeds = [seed] if isinstance(seed, int) else list(seed)
         self._parts: list[str] = []
-        self._started = time.perf_counter()
+        self._started, self._started_cpu = time.perf_counter(), time.process_time()
         out_dir.mkdir(parents=True, exist_ok=True)
 
     def seconds(self) -> float:
@@ -94,7 +95,7 @@ class Report:
             ("seeds", ", ".join(map(str, self.seeds))),
             ("machine", f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used"),
             ("software", f"torch {torch.__version__}, Python {platform.python_version()}"),
-            ("seconds", f"{self.seconds():.0f}"),
+            ("seconds", f"{self.seconds():,.0f}, of the processor {time.process_time() - self._started_cpu:,.0f}"),
         ]
         return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in lines)])
 
@@ -116,7 +117,7 @@ def formatted(cell: Cell, digits: int = 3) -> str:
     if not values:
         return "–"
     mean = _float(statistics.fmean(values), digits)
-    return mean if len(values) == 1 else f"{mean} ± {_float(statistics.stdev(values), digits)}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):,.{digits}f}"
 
 
 def _float(value: float, digits: int) -> str:
