@@ -1,0 +1,24 @@
+"""Hopfield layers for models of your own.
+
+    from engram.layers import Association, Hopfield, TopK
+
+    layer = Hopfield(64, num_heads=4, association=Association(separation="sparsemax", support=TopK(share=0.2)))
+
+This module imports torch; `import engram` does not.
+"""
+
+from service.core.heads import Association, RandomFeatures, RandomRows, TopK, Window
+from service.core.kernel import separation_loss
+from service.core.layers import Hopfield, HopfieldLayer, HopfieldPooling
+
+__all__ = [
+    "Association",
+    "Hopfield",
+    "HopfieldLayer",
+    "HopfieldPooling",
+    "RandomFeatures",
+    "RandomRows",
+    "TopK",
+    "Window",
+    "separation_loss",
+]
