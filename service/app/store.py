@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from service.app.cues import ENCODE_BATCH, Parts, Vectors, check_vector, encode_memories, in_batches
+from service.app.duplicates import warn_encoded, warn_equal
 from service.app.fields import PAYLOAD_BYTES_MAX, faults
 from service.app.live import LiveCollection
 from service.app.resources import Resources
@@ -79,8 +80,10 @@ def accept(resources: Resources, live: LiveCollection, request: StoreRequest) ->
         writes = [MemoryWrite(item.id, payload=item.payload, vectors=item.vectors) for _, item in ready]
         written = commit(resources, live, writes)
         version = written.version
-        for (position, _), status in zip(ready, written.statuses, strict=True):
+        warned = warn_equal(live, [item.id for _, item in ready], [item.vectors for _, item in ready])
+        for (position, _), status, warnings in zip(ready, written.statuses, warned, strict=True):
             results[position].status = status
+            results[position].warnings += warnings
     if not queued:
         return Accepted(version, results, None, None)
     images = [item.image for _, item in queued if item.image is not None]
@@ -164,6 +167,9 @@ def _store_batch(resources: Resources, live: LiveCollection, job: Job, items: Se
             positions.append(item.position)
             notes.append({"position": body["position"], "warnings": [*body["warnings"], *encoded.warnings]})
         if writes:
+            warned = warn_encoded(live, [write.id for write in writes], [write.vectors for write in writes])
+            for note, warnings in zip(notes, warned, strict=True):
+                note["warnings"] += warnings
             commit(resources, live, writes, JobItems(job.id, positions, notes))
     if failures:
         resources.repository.finish_items(job.id, failures)
