@@ -37,7 +37,8 @@ import torch
 
 from service.bank.keys import Named, Projection, Scales
 from service.bank.layout import Layout, Prepared, Rows, prepare
-from service.bank.segment import Part, Segment, merge, merged_scales
+from service.bank.merge import merge, merged_scales
+from service.bank.segment import Part, Segment
 from service.bank.view import View
 from service.core.similarity import Kernel
 from service.errors import InvalidRequest, WrongDimension

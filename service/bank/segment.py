@@ -16,7 +16,7 @@ Rules:
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -366,47 +366,3 @@ class Part:
             scores = scores.clamp_min_(FARTHEST)
         top = scores.masked_fill_(rows < 0, -torch.inf).topk(min(limit, rows.shape[1]))
         return top.values, rows.gather(1, top.indices)
-
-
-def merge(
-    parts: Sequence[Part], graph_kernels: Mapping[str, tuple[Kernel, Projection]] | None
-) -> tuple[Segment, list[Int[Tensor, " count"]]]:
-    """One sealed segment of the alive rows of `parts`, and for each part where its rows went (-1: dead).
-
-    With graphs unless `graph_kernels` is None: of the spaces it names under these kernels. Reads the parts only, so it
-    needs no lock; it takes as long as its graphs take to build.
-    """
-    layout, device = parts[0].segment.layout, parts[0].segment.device
-    kept = [part.alive_rows() for part in parts]
-    merged = Segment(layout, device, capacity=max(1, sum(map(len, kept))))
-    moved = []
-    for part, rows in zip(parts, kept, strict=True):
-        segment = part.segment
-        target = torch.full((part.count,), -1, device=device)
-        target[rows] = torch.arange(merged.count, merged.count + len(rows), device=device)
-        moved.append(target)
-        chosen: slice | Tensor = slice(part.count) if part.dead is None else rows
-        numbers = rows.tolist()
-        merged.append(
-            Prepared(
-                [segment.ids[row] for row in numbers],
-                {name: block[chosen] for name, block in segment.vectors.items()},
-                {name: block[chosen] for name, block in segment.norms.items()},
-                [segment.payloads[row] for row in numbers],
-            )
-        )
-    if graph_kernels is not None:
-        merged.build_graphs(
-            {
-                name: (kernel, projection, merged_scales([part.scales[name, kernel] for part in parts], moved, device))
-                for name, (kernel, projection) in graph_kernels.items()
-            }
-        )
-    return merged, moved
-
-
-def merged_scales(scales: Sequence[Scales], moved: Sequence[Int[Tensor, " count"]], device: torch.device) -> Scales:
-    """The scales of a merged segment's rows, from those of the parts that it was made of."""
-    alive = [each.inverse[: len(target)][target >= 0] for each, target in zip(scales, moved, strict=True)]
-    merged = Scales(torch.zeros(0, device=device))
-    return merged.appended(torch.cat(alive), capacity=0)

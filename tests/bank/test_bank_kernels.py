@@ -293,6 +293,18 @@ def test_what_is_not_asked_right_is_refused(rows: np.ndarray) -> None:
         two.search({"a": torch.ones(1, 2), "b": torch.ones(1, 2)}, {"a": 1.0, "b": 1.0}, 1, raw=True)
 
 
+def test_a_kernel_added_where_nothing_is_differentiated_follows_later_writes(rows: np.ndarray) -> None:
+    """Whoever trains it, in whatever mode: its weight wants gradients, and its tensors are written to elsewhere."""
+    bank = filled(rows[:10], 10**9)
+    kernel = Kernel(random_kernel().weight.requires_grad_())
+    with torch.inference_mode():
+        bank.add_kernel("v", kernel)
+    bank.write(Rows([str(i) for i in range(10, 50)], {"v": rows[10:50]}, [None] * 40), [], 2)
+    with torch.no_grad():
+        check(bank.view(), kernel, rows)
+    assert not bank.view().gather(torch.zeros(1, 1, dtype=torch.int64), {"v": kernel}).requires_grad
+
+
 def test_a_view_keeps_copies_of_its_matrix_up_to_a_bound(monkeypatch: pytest.MonkeyPatch, rows: np.ndarray) -> None:
     bank, kernel = filled(rows[:100], 10**9), random_kernel()
     bank.add_kernel("v", kernel)
