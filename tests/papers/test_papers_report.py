@@ -8,6 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from benchmarks.papers.__main__ import main
 from benchmarks.papers.report import Report, formatted
 
 
@@ -57,3 +58,29 @@ def test_a_report_holds_its_head_tables_and_figures(tmp_path: Path, capsys: pyte
 def test_a_row_that_does_not_fit_its_headers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="1 cells under 2 headers"):
         Report("t", tmp_path, "s", "quick", 0).table(["a", "b"], [[1]], "c")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "size", "said"),
+    [
+        (["uhopp"], "quick", "no such paper: uhopp; there are uhop, nonparametric, reclag"),
+        (["reclag"], "fast", "PAPERS is quick or full, not fast"),
+    ],
+)
+def test_the_command_refuses_what_it_does_not_know(
+    arguments: list[str], size: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["papers", *arguments])
+    monkeypatch.setenv("PAPERS", size)
+    with pytest.raises(SystemExit):
+        main()
+    assert said in capsys.readouterr().err
+
+
+def test_the_command_says_which_data_a_paper_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["papers", "reclag"])
+    monkeypatch.setenv("PAPERS", "quick")
+    monkeypatch.setenv("FASHION_MNIST", str(tmp_path))
+    monkeypatch.setattr("benchmarks.papers.__main__.RESULTS", tmp_path)
+    with pytest.raises(SystemExit, match=r"^reclag: Fashion-MNIST: FASHION_MNIST=.* holds no such set"):
+        main()
