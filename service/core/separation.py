@@ -344,8 +344,11 @@ def _k_subsets(z: Float[Tensor, "*batch rows"], k: int) -> Float[Tensor, "*batch
             middle = (low + high) / 2.0
             reached = (wide - middle).clamp(0.0, 1.0).sum(-1, keepdim=True) >= size
             low, high = torch.where(reached, middle, low), torch.where(reached, high, middle)
-        between = ((wide > low) & (wide < low + 1.0)).sum(-1, keepdim=True)
-    # The sum is linear in τ here: one step more is exact, and carries the gradient.
-    excess = (wide - low).clamp(0.0, 1.0).sum(-1, keepdim=True) - size
-    weights = (wide - low - excess / between.clamp_min(1)).clamp(0.0, 1.0)
+        whole = wide >= low + 1.0
+        between = (wide > low) & ~whole
+    # With the rows between known the sum is linear in τ, which is then exact and carries the gradient.
+    count = between.sum(-1, keepdim=True)
+    over = torch.where(between, wide, 0.0).sum(-1, keepdim=True) + whole.sum(-1, keepdim=True) - size
+    threshold = torch.where(count > 0, over / count.clamp_min(1), low)
+    weights = (wide - threshold).clamp(0.0, 1.0)
     return (weights / size.clamp_min(1)).to(z.dtype)

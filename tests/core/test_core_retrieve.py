@@ -245,3 +245,50 @@ def test_values_whose_scores_would_overflow_are_refused(similarity: str) -> None
 def test_blocks_that_make_no_sense_are_refused(arguments: dict[str, object]) -> None:
     with pytest.raises(InvalidRequest):
         Blocks(**arguments)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_an_abstention_leaves_the_state_where_it_is(steps: int) -> None:
+    """The second cue is out of every pattern's reach; the others are as without it."""
+    cues = torch.cat([CUE, -CUE, STORED[1:2]])
+    for blocks, separation in ((COSINE, Polynomial(8)), (Blocks((4,), (1.0,), "neg_l2"), "lsr")):
+        result = retrieve(blocks, STORED, cues, beta=1.5, separation=separation, update_steps_max=steps, trace=True)
+        others = retrieve(blocks, STORED, cues[::2], beta=1.5, separation=separation, update_steps_max=steps)
+        assert int(result.outcome[1]) == Outcome.ABSTAINED
+        assert torch.equal(result.state[1], normalise_rows(-CUE, blocks)[0])
+        assert (result.weights[1] == 0).all()
+        assert result.energy[1, 0] == 0.0
+        assert result.energy[1, 1:].isnan().all()  # as of any cue that has settled
+        assert int(result.steps[1]) == 0
+        assert result.states is not None
+        assert result.states.isfinite().all()
+        assert torch.equal(result.outcome[::2], others.outcome)
+        assert Outcome.ABSTAINED not in others.outcome.tolist()
+        assert torch.equal(result.steps[::2], others.steps)
+        torch.testing.assert_close(result.state[::2], others.state)
+        torch.testing.assert_close(result.energy[::2], others.energy, equal_nan=True)
+
+
+def test_an_abstention_on_some_blocks_is_final() -> None:
+    blocks = Blocks((2, 2), (1.0, 3.0))
+    stored = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 1.0, 0.0]])
+    observed, valid = torch.tensor([[True, False]] * 2), torch.tensor([[True, True], [False, False]])
+    cue = torch.tensor([[-1.0, -0.2, 7.0, 0.0]] * 2)
+    result = retrieve(blocks, stored, cue, beta=9.0, separation=Polynomial(3), observed=observed, valid=valid)
+    assert result.outcome.tolist() == [Outcome.ABSTAINED, Outcome.NO_ROWS]
+    assert result.steps.tolist() == [0, 0]
+    assert (result.state[:, 2:] == 0).all()
+
+
+def test_a_separation_that_could_only_abstain_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="abstain from every cue"):
+        retrieve(Blocks((4,), (1.0,), "neg_l2"), STORED, CUE, beta=1.0, separation=Polynomial(2))
+
+
+def test_k_subsets_recall_the_mean_of_k() -> None:
+    twins = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]])
+    cue = torch.tensor([[1.0, 0.9, -1.0, 0.0]])
+    result = retrieve(COSINE, twins, cue, beta=20.0, separation=KSubsets(2), update_steps_max=5)
+    assert result.weights.tolist() == [[0.5, 0.5, 0.0]]
+    assert torch.equal(result.state, twins[:2].mean(0, keepdim=True))
+    assert result.outcome.tolist() == [Outcome.CONVERGED]
