@@ -14,22 +14,24 @@ Rules:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from numpy.typing import NDArray
 from torch import Tensor
 
-from service.app.cues import Vectors
 from service.app.live import LiveCollection
 from service.core.diagnostics import NEAR_DUPLICATE
 from service.core.similarity import normalise_rows
 
+Memory = Mapping[str, NDArray[np.float32]]  # space → vector
+
 SAME_NORM_MAX = 16  # rows of one norm that a new one is compared with: one that equals it is enough to warn
 
 
-def warn_encoded(live: LiveCollection, ids: Sequence[str], vectors: Sequence[Vectors]) -> list[list[str]]:
+def warn_encoded(live: LiveCollection, ids: Sequence[str], vectors: Sequence[Memory]) -> list[list[str]]:
     """Warnings for each of a few memories that are about to be stored: the bank and one another are searched."""
     view = live.bank.view()
     warnings: list[list[str]] = [[] for _ in ids]
@@ -54,14 +56,14 @@ def warn_encoded(live: LiveCollection, ids: Sequence[str], vectors: Sequence[Vec
     return warnings
 
 
-def warn_equal(live: LiveCollection, ids: Sequence[str], vectors: Sequence[Vectors]) -> list[list[str]]:
+def warn_equal(live: LiveCollection, ids: Sequence[str], vectors: Sequence[Memory]) -> list[list[str]]:
     """Warnings for each of many memories that were just stored, where an equal one is in the bank beside it."""
     view = live.bank.view()
     warnings: list[list[str]] = [[] for _ in ids]
     for spaces, members in _groups(live, vectors):
         rows = view.rows_of([ids[i] for i in members])
         norms = torch.cat([part.segment.norms[spaces[0]][: part.count] for part in view.parts])
-        wanted = norms[rows[rows >= 0]].unique()  # -1: replaced or deleted meanwhile
+        wanted = norms[rows[rows >= 0]].sort().values  # -1: replaced or deleted meanwhile
         if not len(wanted):
             continue
         place = torch.searchsorted(wanted, norms).clamp_max(len(wanted) - 1)
@@ -77,17 +79,14 @@ def warn_equal(live: LiveCollection, ids: Sequence[str], vectors: Sequence[Vecto
             patterns = _compared(live, view.gather(compared[None])[0], spaces)
             near = compared[1:][_near(patterns[:1], patterns[1:])]
             # A row may be one that was replaced: then its id is at another row by now.
-            alive = [
-                name
-                for (name,), at in zip(view.ids(near[:, None]), near.tolist(), strict=True)
-                if name is not None and int(view.rows_of([name])) == at
-            ]
+            found = zip(view.ids(near[:, None]), near.tolist(), strict=True)
+            alive = [name for (name,), at in found if name is not None and int(view.rows_of([name])) == at]
             if alive:
                 warnings[i].append(_warning(alive[0]))
     return warnings
 
 
-def _groups(live: LiveCollection, vectors: Sequence[Vectors]) -> Iterator[tuple[tuple[str, ...], list[int]]]:
+def _groups(live: LiveCollection, vectors: Sequence[Memory]) -> Iterator[tuple[tuple[str, ...], list[int]]]:
     """The spaces that memories bring, and which memories bring just these."""
     groups: dict[tuple[str, ...], list[int]] = {}
     for i, filled in enumerate(vectors):
