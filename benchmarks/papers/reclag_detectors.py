@@ -10,6 +10,7 @@ Rules:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -73,11 +74,13 @@ def react(train: Features, head: torch.nn.Linear, percentile: float = 0.9) -> De
 
 
 def mhe(train: Features, beta: float = 0.01) -> Detector:
-    """log Σ_μ exp(β ξ_μ·h) over the training features of the predicted class that were classified right (Zhang et al.
-    2023, eq. 9; their β is 0.01).
+    """log mean_μ exp(β ξ_μ·h) over the training features of the predicted class that were classified right (Zhang et
+    al. 2023, eq. 9; their β is 0.01). A mean, not their sum: at so small a β the sum mostly compares the classes' sizes.
     """
     stored = [rows.hidden for rows in _by_class(_right(train))]
-    return lambda of: _per_class(of, lambda hidden, label: log_mass(hidden @ stored[label].T, beta))
+    return lambda of: _per_class(
+        of, lambda hidden, label: log_mass(hidden @ stored[label].T, beta) - math.log(len(stored[label]))
+    )
 
 
 def she(train: Features) -> Detector:
