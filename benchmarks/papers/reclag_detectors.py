@@ -75,7 +75,7 @@ def react(train: Features, head: torch.nn.Linear, percentile: float = 0.9) -> De
 
 def mhe(train: Features, beta: float = 0.01) -> Detector:
     """log mean_μ exp(β ξ_μ·h) over the training features of the predicted class that were classified right (Zhang et
-    al. 2023, eq. 9; their β is 0.01). A mean, not their sum: at so small a β the sum mostly compares the classes' sizes.
+    al. 2023, eq. 9; their β is 0.01). A mean, not their sum: at this β a sum compares the classes' sizes first.
     """
     stored = [rows.hidden for rows in _by_class(_right(train))]
     return lambda of: _per_class(
