@@ -21,7 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram.replies import CollectionInfo, Memory, Operation, Problem, Recall, StoredItem, StoreReply
-from engram.reports import Diagnostics
 from engram.transport import WAIT_MAX_S, Body, HttpTransport, Transport
 from service.errors import EngramError, InvalidImage, InvalidRequest, NotFound, Unavailable
 
@@ -155,6 +154,29 @@ class Collection:
         """Recall by several cues, each `{"text"?, "image"?, "mask"?, "vectors"?}`, in one request; answers in order."""
         return self._recalls({"cues": [_cue(cue) for cue in cues], **options})
 
+    def train(
+        self,
+        what: str = "gate",
+        *,
+        cues: Iterable[Mapping[str, Any]] | None = None,
+        negatives: Iterable[Mapping[str, Any]] | None = None,
+        target_tpr: float | None = None,
+    ) -> Operation:
+        """Calibrate the gate again, as an operation: see `Client.operation` for how far it is.
+
+        cues: known cues, `{"id": their memory's, "text"?, "image"?, "mask"?, "vectors"?}`; they set the thresholds of
+        the modalities they fill. negatives: cues of what was never stored. None keeps what was supplied, an empty
+        list forgets it.
+        """
+        request: Body = {"what": what}
+        if cues is not None:
+            request["cues"] = [_known(cue) for cue in cues]
+        if negatives is not None:
+            request["negatives"] = [_cue(cue) for cue in negatives]
+        if target_tpr is not None:
+            request["target_tpr"] = target_tpr
+        return Operation.of(self._transport.train(self.name, request))
+
     def get(self, memory_id: str) -> Memory:
         return Memory.of(self._transport.get_memory(self.name, memory_id))
 
@@ -174,13 +196,6 @@ class Collection:
 
     def info(self) -> CollectionInfo:
         return CollectionInfo.of(self._transport.get_collection(self.name))
-
-    def diagnostics(self) -> Diagnostics:
-        """Margins, fixed points, rank, capacity, near-duplicates, β and memory: how well its memories are told apart.
-
-        Takes seconds for a large collection.
-        """
-        return Diagnostics.of(self._transport.get_diagnostics(self.name))
 
     def wait_until_calibrated(self, timeout_s: float = 300.0) -> CollectionInfo:
         """Wait until the automatic calibration covers what is stored. Raises `Unavailable` after `timeout_s`."""
@@ -225,6 +240,12 @@ def _requests(memories: Iterable[Mapping[str, Any]], count_max: int) -> Iterator
 def _cue(cue: Mapping[str, Any]) -> Body:
     given = {key: value for key, value in cue.items() if value is not None}
     return {key: _image(value) if key in ("image", "mask") else value for key, value in given.items()}
+
+
+def _known(cue: Mapping[str, Any]) -> Body:
+    if "id" not in cue:
+        raise InvalidRequest("a known cue names its memory: give it an id")
+    return {"id": cue["id"], "cue": _cue({key: value for key, value in cue.items() if key != "id"})}
 
 
 def _image(image: ImageLike) -> Body:

@@ -18,7 +18,7 @@ from service import settings
 from service.api.bodies import validate
 from service.app.engine import Engine
 from service.app.fields import Name, faults
-from service.app.schemas import CollectionConfig, DeleteRequest, RecallRequest, StoreRequest
+from service.app.schemas import CollectionConfig, DeleteRequest, RecallRequest, StoreRequest, TrainRequest
 from service.errors import InvalidRequest
 from service.observability import configure_logging
 from workers.loop import running
@@ -45,9 +45,6 @@ class LocalTransport:
     def get_collection(self, name: str) -> Body:
         return _body(self._engine.collection(name))
 
-    def get_diagnostics(self, name: str) -> Body:
-        return _body(self._engine.diagnostics(name))
-
     def list_collections(self) -> list[Body]:
         return [_body(info) for info in self._engine.collections().collections]
 
@@ -59,6 +56,9 @@ class LocalTransport:
 
     def recall(self, name: str, request: Body) -> Body:
         return dict(self._engine.recall(name, validate(RecallRequest, request)))
+
+    def train(self, name: str, request: Body) -> Body:
+        return _body(self._engine.train(name, validate(TrainRequest, request)))
 
     def get_memory(self, name: str, memory_id: str) -> Body:
         return _body(self._engine.memory(name, memory_id))

@@ -113,6 +113,8 @@ class Dynamics(Reply):
 
 @dataclass(frozen=True)
 class Gate(Reply):
+    """`rejected_at`: 0, rejected before any step; t, fell to the origin after t steps; None, accepted."""
+
     score: float
     threshold: float
     target_tpr: float
@@ -180,8 +182,34 @@ class Memory(Reply):
 
 
 @dataclass(frozen=True)
+class Learning(Reply):
+    """How an interaction matrix was learned; `log_likelihood` is that of a held-out pattern, before and after each
+    round.
+    """
+
+    patterns: int
+    rounds: int
+    best_round: int
+    seconds: float
+    log_likelihood: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Negatives(Reply):
+    """`boosting` known negatives are in the score; of the others that share is let in, and would be without these."""
+
+    boosting: int
+    log_background: float | None
+    held_out: int
+    accept_rate: float | None
+    accept_rate_without: float | None
+
+
+@dataclass(frozen=True)
 class ModalityCalibration(Reply):
-    """What the threshold of one modality rests on; `refused` says why there is none."""
+    """What the threshold of one modality rests on; `refused` says why there is none. `cues_from`: memories | caller."""
+
+    PARTS: ClassVar[Parts] = {"learning": Learning, "negatives": Negatives}
 
     modality: str
     version: int
@@ -193,17 +221,28 @@ class ModalityCalibration(Reply):
     gate_beta: float | None
     log_lambda: float | None
     stranger_accept_rate: float | None
+    cues_from: str = "memories"
+    when: str = "cue"
+    learning: Learning | None = None
+    negatives: Negatives | None = None
     refused: str | None = None
 
 
 @dataclass(frozen=True)
 class Calibration(Reply):
-    """`state` is none | pending | current | stale."""
+    """`state` is none | pending | current | stale, and `why` says so in words: it is redone once more than
+    `redone_over` memories have changed since the last one, over `rows_then`.
+    """
 
     PARTS: ClassVar[Parts] = {"modalities": ModalityCalibration}
 
     state: str
     modalities: tuple[ModalityCalibration, ...]
+    rows_then: int | None = None
+    rows_now: int | None = None
+    changed_rows: int | None = None
+    redone_over: int | None = None
+    why: str = ""
 
 
 @dataclass(frozen=True)

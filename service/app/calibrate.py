@@ -4,73 +4,47 @@ For each modality (the spaces a cue fills; a masked picture apart) one record ho
 (math.md 6, U-Hop's and Ramsauer's error bounds) and the RecLag threshold log λ, set conformally (RecLag, Theorem 3;
 split conformal prediction). Too few cues give a record that says why there is no threshold, never a guess.
 
-The same cues with their own memory left out are strangers of the same kind: their accept rate is reported, not
-tuned on.
+Cues that a caller supplied take the place of made ones; known negatives join the score (one half of them) and measure
+it (the other half). The same cues with their own memory left out are strangers of the same kind: their accept rate is
+reported, not tuned on.
+
+Rules:
+- The score is fixed before a cue that sets the threshold is looked at: β comes from cues drawn apart, the interaction
+  matrix from the memories, O from the negatives.
 """
 
 from __future__ import annotations
 
-import base64
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from service.app.cues import CueBlocks, Parts, encode_cues, in_batches, stack, whole_state
+from service.app.cues import whole_state
+from service.app.gate_schemas import CalibrationRecord, NegativesRecord
+from service.app.gates import SEED, SUPPORT, Gate, SuppliedCues, log_masses, make_interaction
+from service.app.known_cues import KnownCues, Supplied, draw, plans, supplied_with
 from service.app.live import LiveCollection
 from service.app.resources import Resources
-from service.app.schemas import CalibrationRecord, PrototypesSpec
-from service.bank import View
+from service.bank import Found, View
 from service.core.beta import auto_beta
-from service.core.gate import calibrate, log_mass, prototypes
+from service.core.gate import calibrate
 from service.core.similarity import scores
-from service.encoders.corruption import Corruption, Target, corrupt_picture, corrupt_text, corrupt_vectors
-from service.encoders.picture import read_picture
-from service.errors import CalibrationRefused, EngramError
+from service.errors import CalibrationRefused
 from service.storage.jobs import Job
 
 CUES_MAX = (
     400  # per modality: the threshold's binomial error is about one point there, and a photograph costs some 30 ms
 )
-SUPPORT = 64  # rows whose mass the gate sums, in calibration and in recall alike
+BETA_CUES_MAX = 64  # per modality, beside these: the gate's β only has to be of the right size
 MARGIN_SHARE = 0.95  # share of the declared cues whose own memory auto β must settle on
 STORED_SAMPLE = 64  # patterns that the margin of an uncalibrated modality is estimated on
 QUIET_S = 1.0  # calibration starts when no write has come for this long,
 QUIET_WAIT_MAX_S = 30.0  # or after waiting this long for quiet
-TARGET: dict[str, Target] = {"image": "image", "text": "text", "vectors": "vector"}
-# Calibration repeats exactly on the same memories. Not a seed that data may have been made with: noise equal to the
-# stored vectors is no noise.
-SEED = 0xE17A_CA1B_0C3D
-
-
-def gate_scores(live: LiveCollection, cue: Mapping[str, Tensor], nearest: Tensor, record: CalibrationRecord) -> Tensor:
-    """log S per cue, (batch,), by the record's interaction matrix: its prototypes, or the nearest `SUPPORT` rows of
-    the bank.
-    """
-    assert record.gate_beta is not None
-    if record.prototypes is not None:
-        matrix = torch.frombuffer(bytearray(record.prototypes), dtype=torch.float32).reshape(
-            -1, sum(live.spaces[name].dimension for name in cue)
-        )
-        mass_over = _weighted(live, whole_state(live, cue)[0], tuple(cue)) @ matrix.T
-    else:
-        mass_over = nearest[:, :SUPPORT]
-    return log_mass(mass_over, record.gate_beta)
-
-
-def _weighted(live: LiveCollection, patterns: Tensor, spaces: tuple[str, ...]) -> Tensor:
-    """The blocks of `spaces` out of (batch, d) normalised patterns, scaled so that a dot product of two rows is
-    their score.
-    """
-    total = sum(live.spaces[name].weight for name in spaces)
-    parts = zip(live.spaces.values(), torch.split(patterns, list(live.blocks.widths), dim=1), strict=True)
-    return torch.cat([part * math.sqrt(s.weight / total) for s, part in parts if s.name in spaces], dim=1)
 
 
 def margin_for(
@@ -106,157 +80,215 @@ def stored_margin(live: LiveCollection, view: View, spaces: tuple[str, ...]) -> 
 
 
 def calibrate_collection(
-    live: LiveCollection, resources: Resources, progress: Callable[[float], None]
-) -> dict[str, CalibrationRecord]:
-    """Calibrate every modality that cues can be made for. Returns the records; the caller keeps them."""
+    live: LiveCollection, resources: Resources, progress: Callable[[float], None], supplied: Supplied | None = None
+) -> dict[str, Gate]:
+    """Calibrate every modality that cues can be made for or were supplied for. Returns the gates; the caller keeps
+    them.
+    """
+    supplied = Supplied() if supplied is None else supplied
     view = live.bank.view()
     rows = view.sample(min(CUES_MAX, view.count), SEED)
     ids = [memory_id for line in view.ids(rows[:, None]) for memory_id in line if memory_id is not None]
-    plans = list(_plans(live))
-    records: dict[str, CalibrationRecord] = {}
-    for done, plan in enumerate(plans):
-        cues: list[CueBlocks] = []
-        own: list[str] = []
-        for batch in in_batches(_corrupted_cues(live, resources, ids, plan)):
-            for (memory_id, _), cue in zip(batch, encode_cues(live, [parts for _, parts in batch], None), strict=True):
-                if isinstance(cue, CueBlocks):  # else the corruption left nothing of it
-                    cues.append(cue)
-                    own.append(memory_id)
-            progress((done + min(1.0, len(cues) / CUES_MAX)) / len(plans))
-        by_modality: dict[str, list[int]] = {}
-        for i, cue in enumerate(cues):
-            by_modality.setdefault(cue.modality, []).append(i)
-        for modality, members in by_modality.items():
-            records[modality] = _calibrate_modality(
-                live, view, modality, [cues[i] for i in members], [own[i] for i in members], plan.corruptions
-            )
-    return records
+    every_plan = list(plans(live))
+    drawn: dict[str, KnownCues] = {}
+    for_beta: dict[str, KnownCues] = {}
+    for done, plan in enumerate(every_plan):
 
+        def drawing(share: float, done: int = done) -> None:
+            progress(0.5 * (done + share) / len(every_plan))
 
-@dataclass(frozen=True)
-class _Plan:
-    """A kind of cue to make: from which sources, corrupted how; of the callers' own vectors, in which spaces."""
+        drawn |= draw(live, resources, ids, plan, CUES_MAX, 0, drawing)
+        for_beta |= draw(live, resources, ids, plan, BETA_CUES_MAX, 1, lambda _: drawing(1.0))
+    drawn |= {modality: KnownCues(cues.tensors(), cues.ids).of(view) for modality, cues in supplied.known.items()}
+    gates: dict[str, Gate] = {}
+    for done, (modality, cues) in enumerate(drawn.items()):
 
-    sources: tuple[str, ...]
-    corruptions: list[Corruption]
-    spaces: frozenset[str] = frozenset()
+        def beat(done: int = done) -> None:
+            progress(0.5 + 0.5 * done / len(drawn))
 
-
-def _plans(live: LiveCollection) -> Iterator[_Plan]:
-    """A plan of several sources fills all their spaces at once."""
-    encoded = [space for space in live.spaces.values() if space.encoder is not None]
-    own = [space.name for space in live.spaces.values() if space.encoder is None]
-    pictures = [c for c in live.corruptions if "image" in c.applies_to]
-    texts = [c for c in live.corruptions if "text" in c.applies_to]
-    vectors = [c for c in live.corruptions if "vector" in c.applies_to]
-    has_image = any(space.config.source == "image" for space in encoded)
-    has_text = any("text" in space.encoder.takes for space in encoded if space.encoder is not None)
-    for masked in (False, True):
-        kinds = [c for c in pictures if c.hides == masked]
-        if has_image and kinds:
-            yield _Plan(("image",), kinds)
-            if has_text and texts:
-                yield _Plan(("image", "text"), kinds + texts)
-    if has_text and texts:
-        yield _Plan(("text",), texts)
-    if vectors:
-        for filled in dict.fromkeys([frozenset(own), *(frozenset([name]) for name in own)]):
-            if filled:
-                yield _Plan(("vectors",), vectors, filled)
-
-
-def _corrupted_cues(
-    live: LiveCollection, resources: Resources, ids: Sequence[str], plan: _Plan
-) -> Iterator[tuple[str, Parts]]:
-    """Corrupted cues with the id of their own memory: every memory once per corruption, at most `CUES_MAX`.
-
-    Left out: a memory that lacks what the cue is made from, that was deleted meanwhile or whose original cannot be
-    read.
-    """
-    rng = np.random.default_rng([SEED, live.id])
-    first = [c for c in plan.corruptions if TARGET[plan.sources[0]] in c.applies_to]
-    second = [c for c in plan.corruptions if TARGET[plan.sources[-1]] in c.applies_to]
-    pairs = list(product(first, ids))
-    if len(pairs) > CUES_MAX:
-        pairs = [pairs[i] for i in np.sort(rng.choice(len(pairs), CUES_MAX, replace=False))]
-    for turn, (corruption, memory_id) in enumerate(pairs):
-        try:
-            parts = _corrupted(live, resources, memory_id, plan, corruption, second[turn % len(second)], rng)
-        except EngramError:
-            continue
-        if parts is not None:
-            yield memory_id, parts
-
-
-def _corrupted(
-    live: LiveCollection, resources: Resources, memory_id: str, plan: _Plan, first: Corruption, second: Corruption,
-    rng: np.random.Generator,
-) -> Parts | None:  # fmt: skip
-    """One memory as a corrupted cue; None where it lacks what the cue is made from."""
-    parts = Parts()
-    if plan.spaces:
-        stored = resources.repository.get_vectors(live.id, memory_id)
-        if not plan.spaces <= stored.keys():
-            return None
-        parts.vectors = {name: corrupt_vectors(stored[name][None], first, rng)[0] for name in plan.spaces}
-        return parts
-    memory = resources.repository.get_memory(live.id, memory_id)
-    if "image" in plan.sources:
-        if memory.blob_hash is None:
-            return None
-        content = resources.blobs.get(memory.blob_hash)
-        picture = read_picture(content, pixels_max=resources.settings.image_pixels_max)
-        parts.picture = corrupt_picture(picture, first, rng)
-    if "text" in plan.sources:
-        if memory.text is None:
-            return None
-        parts.text = corrupt_text(memory.text, second, rng)
-    return parts
+        beat()
+        gate = _calibrate_modality(
+            live, view, modality, cues, for_beta.get(modality), supplied.negatives.get(modality),
+            supplied.target_tpr or supplied.targets.get(modality, live.config.gate.target_tpr),
+            modality in supplied.known, beat,
+        )  # fmt: skip
+        gates[modality] = replace(gate, known=supplied.known.get(modality))
+    return gates
 
 
 def _calibrate_modality(
-    live: LiveCollection, view: View, modality: str, cues: Sequence[CueBlocks], owners: Sequence[str],
-    corruptions: Sequence[Corruption],
-) -> CalibrationRecord:  # fmt: skip
-    cue = stack(cues)
-    weights = {name: live.spaces[name].weight for name in cue}
-    own = view.rows_of(owners)
-    found = view.search(cue, weights, SUPPORT)
-    without = view.search(cue, weights, SUPPORT, exclude=own)
-    state, observed = whole_state(live, cue)
-    own_scores = scores(live.blocks, view.gather(own[:, None]), state, observed)[:, 0]
-    margins = own_scores - without.scores[:, 0]
+    live: LiveCollection,
+    view: View,
+    modality: str,
+    drawn: KnownCues,
+    for_beta: KnownCues | None,
+    negatives: SuppliedCues | None,
+    target_tpr: float,
+    by_caller: bool,
+    beat: Callable[[], None],
+) -> Gate:
+    config, cue = live.config.gate, drawn.cues
     record = CalibrationRecord(
-        modality=modality, version=view.version, rows=view.count, cues=len(cues),
-        corruptions=[c.describe() for c in corruptions], margin=None, share=MARGIN_SHARE,
-        first_share=float((margins > 0).double().mean()), target_tpr=live.config.gate.target_tpr, gate_beta=None,
+        modality=modality, version=view.version, rows=view.count, cues=len(drawn.owners),
+        cues_from="caller" if by_caller else "memories", corruptions=[c.describe() for c in drawn.corruptions],
+        margin=None, share=MARGIN_SHARE, first_share=0.0, target_tpr=target_tpr, gate_beta=None, when=config.when,
         log_lambda=None, stranger_accept_rate=None,
     )  # fmt: skip
+    gate = Gate(record, negatives=negatives)
+    if not drawn.owners:
+        record.refused = "the memories of all its known cues are gone"
+        return gate
+    weights = _weights(live, cue)
+    own = view.rows_of(drawn.owners)
+    without = view.search(cue, weights, SUPPORT, exclude=own)
+    margins = _own_scores(live, view, drawn) - without.scores[:, 0]
+    record.first_share = float((margins > 0).double().mean())
+    norm_max = math.sqrt(len(live.spaces)) if live.similarity == "cosine" else view.norm_max
+    gate_beta = 1.0
     if view.count > 1:
-        norm_max = math.sqrt(len(live.spaces)) if live.similarity == "cosine" else view.norm_max
         beta = auto_beta(margins.double(), separation="softmax", norm_max=norm_max, support=SUPPORT, share=MARGIN_SHARE)
-        record.margin, record.share, record.gate_beta = beta.margin, beta.share, beta.beta
-    else:
-        record.gate_beta = 1.0
-    interaction_rows = view.count
-    interaction = live.config.gate.interaction
-    if isinstance(interaction, PrototypesSpec):
-        matrix = _weighted(live, view.matrix()[0], tuple(cue))
-        if matrix.shape[0] < interaction.prototypes:
-            record.refused = f"{interaction.prototypes} prototypes need as many memories; there are {matrix.shape[0]}"
-            return record
-        record.prototypes = prototypes(matrix, interaction.prototypes, SEED).float().numpy().tobytes()
-        interaction_rows = interaction.prototypes
-    known = gate_scores(live, cue, found.scores, record)
+        record.margin, record.share = beta.margin, beta.share
+        gate_beta = _gate_beta(live, view, tuple(cue), for_beta, norm_max)
+    record.gate_beta = gate_beta
+
+    # Everything the score is made of, before a cue is scored.
+    fitted = _fitted(live, view, gate, tuple(cue), beat)
+    if fitted is None:
+        return gate
+    gate = _with_negatives(live, view, fitted, for_beta)
+    found = view.search(cue, weights, SUPPORT)
+    known = _score(live, view, gate, cue, found)
+    beat()
     try:
-        threshold = calibrate(known.double(), live.config.gate.target_tpr, interaction_rows)
+        record.log_lambda = _threshold(gate, known)
     except CalibrationRefused as refusal:
         record.refused = refusal.detail
-        return record
-    record.log_lambda = threshold.log_lambda
-    strangers = gate_scores(live, cue, without.scores, record)
-    record.stranger_accept_rate = float((strangers > threshold.log_lambda).double().mean())
-    return record
+        return gate
+    record.stranger_accept_rate = _strangers(live, view, gate, drawn, (found, without), beat)
+    if negatives is not None:
+        record.negatives = _negatives_record(live, view, gate, negatives, (cue, found))
+    return gate
+
+
+def _fitted(
+    live: LiveCollection, view: View, gate: Gate, spaces: tuple[str, ...], beat: Callable[[], None],
+    without: Tensor | None = None,
+) -> Gate | None:  # fmt: skip
+    """The gate with its interaction matrix, made of the memories but the rows `without`; None, and the record says why,
+    where these are too few.
+    """
+    spec, record = live.config.gate.interaction, gate.record
+    if spec == "bank":
+        return gate
+    assert record.gate_beta is not None
+    try:
+        matrix, learning = make_interaction(live, view, spec, spaces, record.gate_beta, beat, without)
+    except CalibrationRefused as refusal:
+        record.refused = refusal.detail
+        return None
+    record.learning = learning
+    return replace(gate, interaction=matrix)
+
+
+def _with_negatives(live: LiveCollection, view: View, gate: Gate, for_beta: KnownCues | None) -> Gate:
+    """The gate with half of its negatives in the score, over a background: the mass that most known cues exceed.
+
+    It comes from the cues drawn for β; where none could be, or there is one negative, the score stays plain.
+    """
+    boosting = 0 if gate.negatives is None else len(gate.negatives) // 2
+    if not boosting or for_beta is None or not for_beta.owners:
+        return gate
+    found = view.search(for_beta.cues, _weights(live, for_beta.cues), SUPPORT)
+    plain = _score(live, view, gate, for_beta.cues, found)
+    background = plain.quantile(1.0 - gate.record.target_tpr, interpolation="lower")
+    return gate.boosted(live, boosting, float(background))
+
+
+def _threshold(gate: Gate, known: Tensor) -> float:
+    rows = gate.record.rows if gate.interaction is None else gate.interaction.shape[0]
+    return calibrate(known, gate.record.target_tpr, rows, gate.log_against).log_lambda
+
+
+def _strangers(
+    live: LiveCollection, view: View, gate: Gate, drawn: KnownCues, found: tuple[Found, Found],
+    beat: Callable[[], None],
+) -> float | None:  # fmt: skip
+    """The share of the cues let in when their own memory is left out; `found`: with it, and without.
+
+    A row cannot be taken out of a matrix that was made of all. Another is made without half of the cues' memories, and
+    its threshold set by the other half's cues; None where these are too few for that.
+    """
+    whole, without = found
+    assert gate.record.log_lambda is not None
+    if gate.interaction is None:
+        return _share_over(gate.record.log_lambda, _score(live, view, gate, drawn.cues, without))
+    own = view.rows_of(drawn.owners)
+    rows = torch.unique(own)
+    # Drawn, not every second row: memories may have been stored in turns of their kinds.
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(SEED))[: len(rows) // 2]]
+    strange = torch.isin(own, rows)
+    apart = replace(gate, record=gate.record.model_copy())
+    judge = _fitted(live, view, apart, tuple(drawn.cues), beat, without=rows)
+    if judge is None:
+        return None
+    score = _score(live, view, judge, drawn.cues, whole)  # a matrix takes nothing from what was found
+    try:
+        return _share_over(_threshold(judge, score[~strange]), score[strange])
+    except CalibrationRefused:
+        return None
+
+
+def _gate_beta(
+    live: LiveCollection, view: View, spaces: tuple[str, ...], for_beta: KnownCues | None, norm_max: float
+) -> float:
+    """Auto β, from cues that the threshold is not set by; where none could be made, from the stored patterns."""
+    if for_beta is not None and for_beta.owners:
+        rival = view.search(for_beta.cues, _weights(live, spaces), 1, exclude=view.rows_of(for_beta.owners))
+        margins = (_own_scores(live, view, for_beta) - rival.scores[:, 0]).double()
+    else:
+        margin = stored_margin(live, view, spaces)
+        margins = torch.tensor([math.inf if margin is None else margin], dtype=torch.float64)
+    return auto_beta(margins, separation="softmax", norm_max=norm_max, support=SUPPORT, share=MARGIN_SHARE).beta
+
+
+def _own_scores(live: LiveCollection, view: View, drawn: KnownCues) -> Tensor:
+    """The score of each cue's own memory."""
+    state, observed = whole_state(live, drawn.cues)
+    return scores(live.blocks, view.gather(view.rows_of(drawn.owners)[:, None]), state, observed)[:, 0]
+
+
+def _weights(live: LiveCollection, spaces: Iterable[str]) -> dict[str, float]:
+    return {name: live.spaces[name].weight for name in spaces}
+
+
+def _score(live: LiveCollection, view: View, gate: Gate, cue: Mapping[str, Tensor], found: Found) -> Tensor:
+    return log_masses(live, gate, view, cue, found.rows, found.scores).amin(dim=1)
+
+
+def _share_over(log_lambda: float, score: Tensor) -> float:
+    return float((score > log_lambda).double().mean())
+
+
+def _negatives_record(
+    live: LiveCollection, view: View, gate: Gate, negatives: SuppliedCues, known: tuple[Mapping[str, Tensor], Found]
+) -> NegativesRecord:
+    """How many of the negatives that are not in the score are let in; and how many would be, were none in it."""
+    boosting = 0 if gate.opposed is None else len(gate.opposed)
+    cue = negatives.tensors(slice(boosting, None))
+    found = view.search(cue, _weights(live, cue), SUPPORT)
+    assert gate.record.log_lambda is not None
+    plain = replace(gate, opposed=None)
+    try:
+        plain_lambda = _threshold(plain, _score(live, view, plain, *known))
+        rate_without = _share_over(plain_lambda, _score(live, view, plain, cue, found))
+    except CalibrationRefused:  # without the negatives there would be no threshold
+        rate_without = None
+    return NegativesRecord(
+        boosting=boosting, log_background=gate.log_background if boosting else None,
+        held_out=len(negatives) - boosting,
+        accept_rate=_share_over(gate.record.log_lambda, _score(live, view, gate, cue, found)),
+        accept_rate_without=rate_without,
+    )  # fmt: skip
 
 
 def run_calibrate_job(resources: Resources, job: Job, beat: Callable[[float], None]) -> dict[str, Any]:
@@ -268,12 +300,13 @@ def run_calibrate_job(resources: Resources, job: Job, beat: Callable[[float], No
         time.sleep(0.05)
     live.calibration_job = None  # what is written from here on may ask for another
     rows, changed = live.bank.view().count, live.changed_rows
-    records = calibrate_collection(live, resources, beat)
-    dumped = {}
-    for modality, record in records.items():
-        packed = None if record.prototypes is None else base64.b64encode(record.prototypes).decode()
-        dumped[modality] = {**record.model_dump(mode="json"), "prototypes": packed}
-    resources.repository.put_gates(live.id, dumped)
-    live.set_records(records, rows, live.changed_rows - changed)
+    supplied, skipped = supplied_with(live, resources, job)
+    gates = calibrate_collection(live, resources, beat, supplied)
+    for modality in supplied.negatives.keys() - gates.keys():
+        detail = f"the negatives that fill {modality} are not used: no known cue fills it"
+        skipped.append({"position": None, "code": "nothing_observed", "detail": detail})
+    beat(1.0)  # the last look at whether the job is still wanted
+    resources.repository.put_gates(live.id, {modality: gate.packed() for modality, gate in gates.items()})
+    live.set_gates(gates, rows, live.changed_rows - changed)
     resources.calibrate_if_due(live)
-    return {"modalities": [record.model_dump(mode="json") for record in records.values()]}
+    return {"modalities": [gate.record.model_dump(mode="json") for gate in gates.values()], "skipped": skipped}

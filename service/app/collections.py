@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+from service.app.gates import Gate
 from service.app.live import LiveCollection, check_fingerprints, make_spaces
 from service.app.resources import Resources
 from service.app.schemas import (
-    CalibrationInfo,
-    CalibrationRecord,
     CollectionConfig,
     CollectionInfo,
-    PrototypesSpec,
     SpaceInfo,
 )
 from service.bank import Rows
@@ -23,8 +21,12 @@ DEVICE = "cpu"
 def create(resources: Resources, name: str, config: CollectionConfig) -> LiveCollection:
     """Raises `CollectionExists`, `UnknownEncoder`, `WeightsMissing`, `InvalidRequest`."""
     spaces = make_spaces(config, resources.make_encoder)
-    if isinstance(config.gate.interaction, PrototypesSpec) and spaces and _similarity(config) == "neg_l2":
-        raise InvalidRequest("a gate over prototypes scores by dot product; with neg_l2 use the bank")
+    if config.gate.interaction != "bank" and _similarity(config) == "neg_l2":
+        raise InvalidRequest(
+            "a gate over prototypes or a learned matrix scores by dot product; with neg_l2 use the bank"
+        )
+    if config.gate.when == "path" and _similarity(config) == "neg_l2":
+        raise InvalidRequest("a gate along the path scores by dot product; with neg_l2 judge the cue")
     fingerprints = {name: space.encoder.fingerprint if space.encoder else None for name, space in spaces.items()}
     row = resources.repository.create_collection(
         name, {"config": config.model_dump(mode="json"), "fingerprints": fingerprints}
@@ -46,12 +48,12 @@ def load(resources: Resources, row: Collection) -> LiveCollection:
             live.bank.write(Rows(chunk.ids, chunk.vectors, chunk.payloads), [], stream.version)
     while live.bank.seal_due() and live.bank.seal():
         pass
-    gates = resources.repository.get_gates(row.id)
-    records = {modality: CalibrationRecord.model_validate(gate.record) for modality, gate in gates.items()}
-    if records:
-        made = next(iter(records.values()))
+    stored = resources.repository.get_gates(row.id)
+    gates = {modality: Gate.unpacked(live, gate.record) for modality, gate in stored.items()}
+    if gates:
+        made = next(iter(gates.values())).record
         gone = max(0, made.rows - live.bank.view().count)
-        live.set_records(records, made.rows, gone + resources.repository.count_since(row.id, made.version))
+        live.set_gates(gates, made.rows, gone + resources.repository.count_since(row.id, made.version))
     return live
 
 
@@ -77,7 +79,7 @@ def info(live: LiveCollection) -> CollectionInfo:
     return CollectionInfo(
         name=live.name, version=view.version, count=view.count, created_at=live.created_at.isoformat(), spaces=spaces,
         recall=live.config.recall, corruptions=[c.describe() for c in live.corruptions], gate=live.config.gate,
-        calibration=CalibrationInfo(state=live.calibration_state(), modalities=list(live.records.values())),
+        calibration=live.calibration(),
         indexing=live.sealing.locked() or live.bank.seal_due(), bytes=live.bank.sizes(),
     )  # fmt: skip
 

@@ -20,10 +20,9 @@ from service.app import collections
 from service.app.batching import MicroBatcher
 from service.app.calibrate import run_calibrate_job
 from service.app.cues import CueBlocks, Parts, encode_cues, in_batches, read_parts
-from service.app.diagnose import diagnose
+from service.app.known_cues import enqueue_training
 from service.app.live import LiveCollection
 from service.app.recall import Recalled, Resolved, check_size, empty_result, recall_blocks, resolve
-from service.app.reports import Diagnostics
 from service.app.resources import CALIBRATE_JOB, Resources
 from service.app.schemas import (
     CollectionConfig,
@@ -132,9 +131,6 @@ class Engine:
     def collections(self) -> CollectionList:
         lives = sorted(self.resources.lives.values(), key=lambda live: live.name)
         return CollectionList(collections=[collections.info(live) for live in lives])
-
-    def diagnostics(self, name: str) -> Diagnostics:
-        return diagnose(self.resources.live(name))
 
     def delete_collection(self, name: str) -> None:
         collections.delete(self.resources, name)
@@ -252,10 +248,8 @@ class Engine:
     # --- operations and the jobs behind them ---
 
     def train(self, name: str, request: TrainRequest) -> Operation:
-        """Calibrate the gate again, now."""
-        live = self.resources.live(name)
-        job_id, _ = self.resources.enqueue(CALIBRATE_JOB, live.id)
-        return self.operation(job_id)
+        """Calibrate the gate again, now, with what is supplied. Raises `InvalidRequest`, naming the wrong cues."""
+        return self.operation(enqueue_training(self.resources, self.resources.live(name), request))
 
     def operation(self, operation_id: str) -> Operation:
         return self._operation(self.repository.get_job(operation_id))

@@ -9,8 +9,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from service.app.schemas import CalibrationRecord, CalibrationState, CollectionConfig, SpaceConfig
+from service.app.gate_schemas import CalibrationInfo, CalibrationRecord, CalibrationState
+from service.app.schemas import CollectionConfig, SpaceConfig
 from service.bank import Bank, Layout, Rows, SpaceLayout
 from service.core.similarity import Blocks
 from service.encoders.corruption import DEFAULT_CORRUPTIONS, Corruption
@@ -18,9 +20,15 @@ from service.encoders.protocol import Decoder, Encoder
 from service.errors import EncoderMismatch, InvalidRequest
 from service.storage.repository import Collection
 
+if TYPE_CHECKING:
+    from service.app.gates import Gate
+
 STALE_SHARE = (
     0.1  # a calibration is redone when the number of memories has moved by this share (log S grows with log N)
 )
+# A fixed interaction matrix does not grow with the memories, so its threshold does not drift with their number; but
+# once half of them are others than it was made from, it stands for what is no longer there.
+STALE_SHARE_FIXED = 0.5
 FOLLOW_TIMEOUT_S = 30.0  # longest wait for the commit before ours to reach the bank
 
 
@@ -76,7 +84,7 @@ class LiveCollection:
         self.corruptions: list[Corruption] = list(config.corruptions or DEFAULT_CORRUPTIONS)
         self.bank = Bank(self.layout, device=device)
         self.bank.write(None, [], row.version)  # an empty bank, too, stands at its collection's version
-        self.records: dict[str, CalibrationRecord] = {}
+        self.gates: dict[str, Gate] = {}  # by modality
         self.calibrated_rows: int | None = None  # memories at the last calibration; None before the first
         self.changed_rows = 0  # memories written or deleted since
         self.margins: dict[tuple[str, ...], tuple[int, float | None]] = {}  # see calibrate.stored_margin
@@ -90,9 +98,13 @@ class LiveCollection:
         self.changed_rows += len(deletes) + (0 if rows is None else len(rows.ids))
         self.last_write_s = time.monotonic()
 
-    def set_records(self, records: dict[str, CalibrationRecord], rows: int, changed_rows: int) -> None:
-        """Keep records made over `rows` memories, of which `changed_rows` have been written or deleted since."""
-        self.records, self.calibrated_rows, self.changed_rows = records, rows, changed_rows
+    @property
+    def records(self) -> dict[str, CalibrationRecord]:
+        return {modality: gate.record for modality, gate in self.gates.items()}
+
+    def set_gates(self, gates: dict[str, Gate], rows: int, changed_rows: int) -> None:
+        """Keep gates made over `rows` memories, of which `changed_rows` have been written or deleted since."""
+        self.gates, self.calibrated_rows, self.changed_rows = gates, rows, changed_rows
 
     def calibration_state(self) -> CalibrationState:
         """none: nothing to calibrate with; pending: not done yet; stale: too much has changed since; current."""
@@ -100,7 +112,27 @@ class LiveCollection:
             return "none"
         if self.calibrated_rows is None:
             return "pending"
-        return "stale" if self.changed_rows > STALE_SHARE * self.calibrated_rows else "current"
+        return "stale" if self.changed_rows > self._redone_over(self.calibrated_rows) else "current"
+
+    def _redone_over(self, calibrated_rows: int) -> int:
+        share = STALE_SHARE if self.config.gate.interaction == "bank" else STALE_SHARE_FIXED
+        return int(share * calibrated_rows)
+
+    def calibration(self) -> CalibrationInfo:
+        """The state, with when it ends and why."""
+        state, then = self.calibration_state(), self.calibrated_rows
+        over = None if then is None else self._redone_over(then)
+        drift = f"{self.changed_rows} of {then} memories have changed since"
+        why = {
+            "none": "nothing is stored",
+            "pending": "not calibrated yet: it follows once writes pause",
+            "stale": f"{drift}, more than {over}: calibrated again once writes pause",
+            "current": f"{drift}; calibrated again once more than {over} have",
+        }
+        return CalibrationInfo(
+            state=state, rows_then=then, rows_now=self.bank.view().count, changed_rows=self.changed_rows,
+            redone_over=over, why=why[state], modalities=list(self.records.values()),
+        )  # fmt: skip
 
 
 def _decoder(spaces: Mapping[str, Space]) -> tuple[str, Decoder] | None:

@@ -21,8 +21,9 @@ import orjson
 import torch
 from torch import Tensor
 
-from service.app.calibrate import SUPPORT, gate_scores, margin_for
+from service.app.calibrate import margin_for
 from service.app.cues import CueBlocks, stack, whole_state
+from service.app.gates import SUPPORT, log_masses
 from service.app.live import LiveCollection
 from service.app.schemas import (
     Drawing,
@@ -174,7 +175,8 @@ class _Recall:
     ) -> None:  # fmt: skip
         self.live, self.view, self.modality = live, view, modality
         self.cues, self.options, self.watch = cues, options, watch
-        self.record = live.records.get(modality)
+        self.gate = live.gates.get(modality)
+        self.record = None if self.gate is None else self.gate.record
         self.blocks = live.blocks if options.spaces is None else _reweighted(live, dict(options.spaces))
 
     def results(self) -> list[RecallResult]:
@@ -213,26 +215,29 @@ class _Recall:
             self.order = self.first_scores.argsort(dim=1, descending=True, stable=True)
             ordered = self.first_scores.gather(1, self.order)
             self.found = Found(rows[self.order].masked_fill(ordered == -torch.inf, -1), ordered, exact=True)
-            self.nearest = ordered[:, :SUPPORT]
+            self.nearest, self.nearest_rows = ordered[:, :SUPPORT], self.found.rows[:, :SUPPORT]
             self.valid = (~hidden).expand_as(ordered) if bool(hidden.any()) else None
             return
         weights = dict(zip(self.live.spaces, self.blocks.weights, strict=True))
         limit = max(options.support, options.limit)
         found = self.view.search(self.cue, weights, max(limit, SUPPORT), exact=options.exact)
-        self.nearest = found.scores[:, :SUPPORT]
+        self.nearest, self.nearest_rows = found.scores[:, :SUPPORT], found.rows[:, :SUPPORT]
         self.found = Found(found.rows[:, :limit], found.scores[:, :limit], found.exact)
         self.stored, self.first_scores = self.view.gather(self.found.rows), self.found.scores
         # Padding is last in a row, so a look at the last column finds it.
         self.valid = self.found.rows >= 0 if bool((self.found.rows[:, -1] < 0).any()) else None
 
     def _gate(self) -> None:
-        """log S per cue; None where there is no threshold: it holds for this modality and the collection's own
-        weights."""
+        """log S per cue, and when it came under λ (-1: never); None where there is no threshold: it holds for this
+        modality and the collection's own weights."""
         self.mass: list[float] | None = None
-        record = self.record
+        gate = self.gate
         wanted = self.options.gate and self.options.spaces is None
-        if wanted and record is not None and record.log_lambda is not None:
-            self.mass = gate_scores(self.live, self.cue, self.nearest, record).tolist()
+        if wanted and gate is not None and gate.record.log_lambda is not None:
+            masses = log_masses(self.live, gate, self.view, self.cue, self.nearest_rows, self.nearest)
+            self.mass = masses.amin(dim=1).tolist()
+            under = masses <= gate.record.log_lambda
+            self.rejected_at = torch.where(under.any(dim=1), under.int().argmax(dim=1), -1).tolist()
 
     def _why_uncalibrated(self) -> list[str]:
         """Why there is no verdict, for the reply's warnings; nothing where it was not asked for."""
@@ -308,10 +313,9 @@ class _Recall:
         unsure = self.weights.amax(dim=1) < AMBIGUOUS_WEIGHT
         if self.nearest.shape[1] > 1:
             unsure = unsure | (odds_beta * (self.nearest[:, 0] - self.nearest[:, 1]) < AMBIGUOUS_LOG_ODDS)
-        threshold = self.record.log_lambda
         self.verdicts = [
-            "unknown" if mass <= threshold else "ambiguous" if doubt else "known"
-            for mass, doubt in zip(self.mass, unsure.tolist(), strict=True)
+            "unknown" if rejected >= 0 else "ambiguous" if doubt else "known"
+            for rejected, doubt in zip(self.rejected_at, unsure.tolist(), strict=True)
         ]
 
     def _draw(self, results: list[RecallResult]) -> None:
@@ -377,7 +381,7 @@ class _Recall:
             if self.mass is not None and self.record is not None and self.record.log_lambda is not None:
                 result["gate"] = {
                     "score": self.mass[i], "threshold": self.record.log_lambda, "target_tpr": self.record.target_tpr,
-                    "modality": self.modality, "rejected_at": 0 if self.verdicts[i] == "unknown" else None,
+                    "modality": self.modality, "rejected_at": self.rejected_at[i] if self.rejected_at[i] >= 0 else None,
                 }  # fmt: skip
             results.append(result)
         return results

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 
@@ -77,10 +78,12 @@ class Resources:
 
     # --- jobs ---
 
-    def enqueue(self, kind: str, collection_id: int, items: Sequence[NewItem] = ()) -> tuple[str, Future[None]]:
+    def enqueue(
+        self, kind: str, collection_id: int, items: Sequence[NewItem] = (), payload: Mapping[str, Any] | None = None
+    ) -> tuple[str, Future[None]]:
         """Commit a job and wake a worker. The future ends with the job, however it ends."""
         done: Future[None] = Future()
-        job_id = self.repository.enqueue(kind, collection_id, {"items": len(items)}, items)
+        job_id = self.repository.enqueue(kind, collection_id, {**(payload or {}), "items": len(items)}, items)
         with self._work:
             self._waiting[job_id] = _Waiting(collection_id, done)
             self._work.notify_all()

@@ -35,6 +35,7 @@ from service.app.fields import (
     Text,
     Vector,
 )
+from service.app.gate_schemas import CalibrationInfo, GateConfig, TargetTpr
 from service.core.separation import ALPHA_MAX, Separation, entmax
 from service.core.similarity import Similarity
 from service.encoders.corruption import Corruption
@@ -106,17 +107,6 @@ class RecallDefaults(Request):
     clamp_observed: bool = False
 
 
-class PrototypesSpec(Request):
-    prototypes: int = Field(ge=2, le=4_096)
-
-
-class GateConfig(Request):
-    """The gate: which rows its mass is summed over, and the share of declared cues it must let through."""
-
-    interaction: Literal["bank"] | PrototypesSpec = "bank"
-    target_tpr: float = Field(default=0.95, ge=0.5, le=0.999)
-
-
 def default_spaces() -> dict[str, SpaceConfig]:
     return {
         "image": SpaceConfig(encoder="pixels"),
@@ -151,35 +141,6 @@ class SpaceInfo(Reply):
     similarity: Similarity
     weight: float
     decodable: bool
-
-
-class CalibrationRecord(Reply):
-    """What the gate and β of one modality rest on; `refused` says why there is no threshold."""
-
-    modality: str
-    version: int = Field(description="the collection's version when it was made")
-    rows: int = Field(description="memories then")
-    cues: int = Field(description="cues made from stored memories")
-    corruptions: list[str]
-    margin: float | None = Field(description="the margin that `share` of the cues exceed; auto β comes from it")
-    share: float
-    first_share: float = Field(description="share of the cues whose own memory came first")
-    target_tpr: float
-    gate_beta: float | None
-    log_lambda: float | None
-    stranger_accept_rate: float | None = Field(
-        description="share of the same cues let in when their own memory was left out: strangers of the same kind"
-    )
-    refused: str | None = None
-    prototypes: Base64 | None = Field(default=None, exclude=True)
-
-
-CalibrationState = Literal["none", "pending", "current", "stale"]
-
-
-class CalibrationInfo(Reply):
-    state: CalibrationState
-    modalities: list[CalibrationRecord]
 
 
 class CollectionInfo(Reply):
@@ -270,10 +231,6 @@ class OperationList(Reply):
     operations: list[Operation]
 
 
-class TrainRequest(Request):
-    what: Literal["gate"]
-
-
 # --- recall -----------------------------------------------------------------------------------------------------------
 
 
@@ -290,6 +247,32 @@ class Cue(Request):
         if self.mask is not None and self.image is None:
             raise ValueError("a mask needs an image")
         return self
+
+
+class KnownCue(Request):
+    """A cue and the memory that it is a cue of."""
+
+    cue: Cue
+    id: MemoryId
+
+
+class TrainRequest(Request):
+    """Calibrate again. What is supplied stays in use, also when the calibration is redone by itself; a list that is
+    absent keeps what was supplied before, and an empty one forgets it.
+    """
+
+    what: Literal["gate"]
+    cues: list[KnownCue] | None = Field(
+        default=None,
+        max_length=BATCH_MAX,
+        description="known cues: they set the thresholds of the modalities that they fill, in place of made ones",
+    )
+    negatives: list[Cue] | None = Field(
+        default=None,
+        max_length=BATCH_MAX,
+        description="cues of what was never stored: one half joins the score, the other says how many are let in",
+    )
+    target_tpr: TargetTpr | None = Field(default=None, description="absent: what it was")
 
 
 class RecallOptions(Request):
@@ -349,7 +332,10 @@ class Dynamics(TypedDict):
 
 
 class GateReply(TypedDict):
-    """`score` is log S of the cue and `threshold` log λ; a cue is accepted when the score is over it."""
+    """`score` is log S (its least along the path, where the gate follows it; less that of known negatives) and
+    `threshold` log λ: a cue is accepted when the score is over it. `rejected_at`: 0, rejected before any step; t, fell
+    to the origin after t steps; null, never.
+    """
 
     score: float
     threshold: float

@@ -8,8 +8,10 @@ proportional to the density that the memory gives to v, so this is a level set o
 log S is known between bounds. A cue over λ may still come to a state under it and fall later: `follow` walks the path,
 and the least log S along it is the score of the whole path.
 
-With known negatives O the score is log S_Ξ(v) - log S_O(v): Hopfield Boosting's lse(β, Ξv) - lse(β, Ov) (Hofmann et
-al., "Energy-based Hopfield Boosting for Out-of-Distribution Detection", 2024), in units of log S.
+With known negatives O the score is log S_Ξ(v) - log(S_O(v) + b). At b = 0 it is Hopfield Boosting's lse(β, Ξv) -
+lse(β, Ov) (Hofmann et al., "Energy-based Hopfield Boosting for Out-of-Distribution Detection", 2024), in units of
+log S. That alone accepts what is far from both and a little less far from Ξ; the background b, a negative that is
+everywhere, keeps it out: far from O the score is log S_Ξ - log b again.
 
 Rules:
 - log S is float64, so that calibration and use compare the same numbers.
@@ -122,6 +124,7 @@ def follow(
     steps_max: int,
     valid: Bool[Tensor, "batch rows"] | None = None,
     negatives: Float[Tensor, "negatives d"] | None = None,
+    log_background: float = -math.inf,
     eps: float = 1e-4,
 ) -> Path:
     """log S at every state from the cue on, v ← Ξᵀ softmax(β Ξ v), for at most `steps_max` steps (RecLag, eq. 12).
@@ -137,7 +140,7 @@ def follow(
             products = products.masked_fill(~valid, -torch.inf)
         score = log_mass(products, beta)
         if negatives is not None:
-            score = boosted(score, state @ negatives.T, beta)
+            score = boosted(score, state @ negatives.T, beta, log_background)
         log_masses.append(score if t == 0 else torch.where(resting, log_masses[-1], score))
         weights = torch.softmax(products * beta, dim=-1).nan_to_num(0.0)  # a cue without rows goes to the origin
         target = weights @ patterns if patterns.ndim == 2 else torch.bmm(weights.unsqueeze(1), patterns).squeeze(1)
@@ -151,10 +154,16 @@ def follow(
 
 
 def boosted(
-    known: Float[Tensor, " batch"], negative_scores: Float[Tensor, "batch negatives"], beta: float
+    known: Float[Tensor, " batch"],
+    negative_scores: Float[Tensor, "batch negatives"],
+    beta: float,
+    log_background: float = -math.inf,
 ) -> Float[Tensor, " batch"]:
-    """log S_Ξ - log S_O from log S_Ξ and the scores of the negatives: β times Hopfield Boosting's score, float64."""
-    return known - log_mass(negative_scores, beta)
+    """log S_Ξ - log(S_O + b) from log S_Ξ and the scores of the negatives, float64; without a background β times
+    Hopfield Boosting's score.
+    """
+    against = log_mass(negative_scores, beta)
+    return known - torch.logaddexp(against, torch.full_like(against, log_background))
 
 
 def prototypes(stored: Float[Tensor, "rows d"], count: int, seed: int) -> Float[Tensor, "count d"]:
@@ -198,12 +207,12 @@ class Threshold:
 
 
 def calibrate(
-    known_scores: Float[Tensor, " n"], target_tpr: float | Fraction, rows: int, negatives: int = 0
+    known_scores: Float[Tensor, " n"], target_tpr: float | Fraction, rows: int, log_against: float = 0.0
 ) -> Threshold:
     """The threshold that accepts new known cues with probability at least `target_tpr` (split conformal prediction).
 
     known_scores: log S of n held-out cues whose memories are stored; rows: N_h, the rows of the interaction matrix;
-    negatives: the rows of O where the scores are boosted, so that the origin's own score is log N_h - log N_o.
+    log_against: log(N_o + b) where the scores are boosted, so that the origin's own score is log N_h less that.
     With α = 1 - target_tpr and k = ⌊α(n+1)⌋, log λ lies just under the k-th smallest score: just under, so that ties
     with it are accepted. A float target is read as the decimal it prints as (0.9 is 9/10).
 
@@ -223,11 +232,11 @@ def calibrate(
         )
     k = math.floor(miss * (n + 1))
     log_lambda = math.nextafter(known_scores.double().sort().values[k - 1].item(), -math.inf)
-    at_origin = math.log(rows) - math.log(max(negatives, 1)) if rows else -math.inf
+    at_origin = math.log(rows) - log_against if rows else -math.inf
     if rows < 1 or log_lambda <= at_origin:
+        less = " less that of the negatives" if log_against else ""
         raise CalibrationRefused(
-            f"log λ = {log_lambda:.4g} is not over log N = {at_origin:.4g} of the interaction matrix"
-            f"{' less that of the negatives' if negatives else ''}: the known cues are no nearer to the memories than "
-            "the origin is; a larger beta or clearer cues are needed"
+            f"log λ = {log_lambda:.4g} is not over log N = {at_origin:.4g} of the interaction matrix{less}: "
+            "the known cues are no nearer to the memories than the origin is; a larger beta or clearer cues are needed"
         )
     return Threshold(log_lambda=log_lambda, target_tpr=target, n=n)

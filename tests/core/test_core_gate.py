@@ -214,6 +214,36 @@ def test_boosting_tells_apart_what_the_memories_alone_do_not() -> None:
     assert near < far - 3
 
 
+@given(seeds, rows_of, rows_of, betas, st.floats(-20.0, 40.0))
+def test_a_background_is_a_negative_everywhere(
+    seed: int, rows: int, others: int, beta: float, log_background: float
+) -> None:
+    """Far from the negatives the score is the plain one less log b; beside them, Hopfield Boosting's."""
+    patterns, state, g = net(seed, rows)
+    negatives = torch.randn(others, 5, generator=g, dtype=torch.float64)
+    known, against = log_mass(state @ patterns.T, beta), log_mass(state @ negatives.T, beta)
+    score = boosted(known, state @ negatives.T, beta, log_background)
+    assert (score <= known - log_background + 1e-9).all()
+    assert (score <= known - against + 1e-9).all()
+    assert (score >= known - torch.maximum(against, torch.tensor(log_background)) - math.log(2) - 1e-9).all()
+
+
+def test_without_a_background_what_is_far_from_both_may_pass() -> None:
+    """What is all but at right angles to both is a little nearer to the memory; the background refuses it."""
+    patterns, negatives = torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.0]])
+    known, far = torch.tensor([[0.95, 0.3, 0.0]]), torch.tensor([[0.2, -0.5, 0.8]])
+    beta = 40.0
+    score = {
+        log_background: [
+            follow(patterns, cue, beta, steps_max=0, negatives=negatives, log_background=log_background).score.item()
+            for cue in (known, far)
+        ]
+        for log_background in (-math.inf, 0.9 * beta)
+    }
+    assert score[-math.inf][1] > score[-math.inf][0]
+    assert score[0.9 * beta][1] < score[0.9 * beta][0]
+
+
 @given(seeds, st.integers(1, 40), st.integers(1, 40), betas)
 def test_mass_bounds_hold_the_mass(seed: int, rows: int, k: int, beta: float) -> None:
     patterns, state, _ = net(seed, rows)
@@ -325,9 +355,9 @@ def test_it_refuses_a_threshold_at_which_nothing_falls() -> None:
         calibrate(torch.full((30,), -torch.inf), 0.95, 0)
     assert isinstance(calibrate(scores + 0.01, 0.95, 1000), Threshold)
     # With as many negatives as rows the origin's score is 0.
-    assert isinstance(calibrate(scores, 0.95, 1000, negatives=1000), Threshold)
+    assert isinstance(calibrate(scores, 0.95, 1000, math.log(1000)), Threshold)
     with pytest.raises(CalibrationRefused, match="less that of the negatives"):
-        calibrate(torch.zeros(30), 0.95, 1000, negatives=1000)
+        calibrate(torch.zeros(30), 0.95, 1000, math.log(1000))
 
 
 @pytest.mark.parametrize("target", [0.0, 1.0, 1.5, -0.1])
