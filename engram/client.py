@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram.replies import CollectionInfo, Memory, Operation, Problem, Recall, StoredItem, StoreReply
+from engram.reports import Diagnostics
 from engram.transport import WAIT_MAX_S, Body, HttpTransport, Transport
 from service.errors import EngramError, InvalidImage, InvalidRequest, NotFound, Unavailable
 
@@ -196,6 +197,13 @@ class Collection:
 
     def info(self) -> CollectionInfo:
         return CollectionInfo.of(self._transport.get_collection(self.name))
+
+    def diagnostics(self) -> Diagnostics:
+        """Margins, fixed points, rank, capacity, near-duplicates, β and memory: how well its memories are told apart.
+
+        Takes seconds for a large collection.
+        """
+        return Diagnostics.of(self._transport.get_diagnostics(self.name))
 
     def wait_until_calibrated(self, timeout_s: float = 300.0) -> CollectionInfo:
         """Wait until the automatic calibration covers what is stored. Raises `Unavailable` after `timeout_s`."""

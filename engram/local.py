@@ -45,6 +45,9 @@ class LocalTransport:
     def get_collection(self, name: str) -> Body:
         return _body(self._engine.collection(name))
 
+    def get_diagnostics(self, name: str) -> Body:
+        return _body(self._engine.diagnostics(name))
+
     def list_collections(self) -> list[Body]:
         return [_body(info) for info in self._engine.collections().collections]
 

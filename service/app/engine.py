@@ -20,9 +20,11 @@ from service.app import collections
 from service.app.batching import MicroBatcher
 from service.app.calibrate import run_calibrate_job
 from service.app.cues import CueBlocks, Parts, encode_cues, in_batches, read_parts
+from service.app.diagnose import diagnose
 from service.app.known_cues import enqueue_training
 from service.app.live import LiveCollection
 from service.app.recall import Recalled, Resolved, check_size, empty_result, recall_blocks, resolve
+from service.app.reports import Diagnostics
 from service.app.resources import CALIBRATE_JOB, Resources
 from service.app.schemas import (
     CollectionConfig,
@@ -131,6 +133,9 @@ class Engine:
     def collections(self) -> CollectionList:
         lives = sorted(self.resources.lives.values(), key=lambda live: live.name)
         return CollectionList(collections=[collections.info(live) for live in lives])
+
+    def diagnostics(self, name: str) -> Diagnostics:
+        return diagnose(self.resources.live(name))
 
     def delete_collection(self, name: str) -> None:
         collections.delete(self.resources, name)

@@ -12,7 +12,8 @@ from typing import Literal
 from pydantic import Field
 
 from service.app.fields import Reply
-from service.app.schemas import CalibrationState, SeparationSpec, Support
+from service.app.gate_schemas import CalibrationState
+from service.app.schemas import SeparationSpec, Support
 
 IndexKind = Literal["scan", "graph", "scan and graph"]
 RestsOn = Literal["the configured beta", "calibration cues", "stored memories as their own cues", "no margin"]

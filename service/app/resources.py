@@ -21,6 +21,7 @@ from service.storage.repository import Repository
 log = structlog.get_logger()
 
 CALIBRATE_JOB = "calibrate"
+KERNEL_JOB = "kernel"
 
 
 @dataclass(frozen=True)
