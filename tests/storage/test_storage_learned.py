@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,12 +23,12 @@ from service.storage.tables import kernels
 W = np.arange(6, dtype=np.float32).reshape(2, 3)
 
 
-@contextmanager
-def opened(opener: Callable[[Path], object]) -> Iterator[Repository]:
-    with tempfile.TemporaryDirectory() as place:
-        storage = opener(Path(place) / "data")
-        yield storage.repository
-        storage.close()
+@pytest.fixture(scope="module")
+def shared(opener: Callable[[Path], Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repository]:
+    """One database for all examples: opening one takes longer than an example."""
+    storage = opener(tmp_path_factory.mktemp("learned") / "data")
+    yield storage.repository
+    storage.close()
 
 
 @pytest.fixture
@@ -94,13 +94,14 @@ def test_the_database_itself_refuses_a_weight_that_does_not_fit(storage, reposit
 
 
 @given(
-    moves=st.lists(st.tuples(st.sampled_from(["activate", "drop", "retire"]), st.sampled_from(["a", "b"])), max_size=25)
+    moves=st.lists(st.tuples(st.sampled_from(["activate", "drop", "retire"]), st.sampled_from(["a", "b"])), max_size=20)
 )
-def test_kernels_against_a_model(opener, moves):
+def test_kernels_against_a_model(shared, moves):
     """Per space: the active one, the retired one, and how each number ended; old records go, numbers go on."""
-    with opened(opener) as repository, pytest.MonkeyPatch.context() as patch:
+    repository, name = shared, str(uuid.uuid4())
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(learned, "RECORDS_KEPT", 3)
-        collection, other = (repository.create_collection(name, {}) for name in "co")
+        collection, other = (repository.create_collection(name + each, {}) for each in ("", " beside"))
         repository.put_kernel(other.id, "a", "cue", W, {}, activate=True)
         version, followed, expected_follow = 0, [], []
         model: dict[str, dict[int, str]] = {"a": {}, "b": {}}
@@ -137,5 +138,5 @@ def test_kernels_against_a_model(opener, moves):
             stored = repository.get_kernel_weight(collection.id, k.space, k.number)
             assert (stored is None) == (k.status == "dropped")
             assert stored is None or np.array_equal(stored, weight)
-        assert repository.get_collection("c").version == version
+        assert repository.get_collection(name).version == version
         assert statuses(repository, other.id) == [("a", 1, "active")]
