@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from sqlalchemy import update
 from sqlalchemy.exc import IntegrityError, StatementError
@@ -96,6 +96,7 @@ def test_the_database_itself_refuses_a_weight_that_does_not_fit(storage, reposit
 @given(
     moves=st.lists(st.tuples(st.sampled_from(["activate", "drop", "retire"]), st.sampled_from(["a", "b"])), max_size=20)
 )
+@example(moves=[("activate", "a"), ("activate", "a"), *[("drop", "a")] * 6])  # both of use outlive newer records
 def test_kernels_against_a_model(shared, moves):
     """Per space: the active one, the retired one, and how each number ended; old records go, numbers go on."""
     repository, name = shared, str(uuid.uuid4())
