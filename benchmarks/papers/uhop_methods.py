@@ -174,8 +174,8 @@ def under_kernel(patterns: Tensor, weight: Tensor) -> Memory:
 def as_printed(patterns: Tensor, weight: Tensor) -> Memory:
     """⟨Wξ, Wx⟩ with W's rows made unit and nothing else (U-Hop, Algorithm 1, line 4, and equation 2.4)."""
     rows = torch.nn.functional.normalize(weight, dim=-1)
-    carried = rows.T @ rows
-    return _scored(patterns, lambda cues: cues @ carried @ patterns.T)
+    stored = patterns @ rows.T
+    return _scored(patterns, lambda cues: (cues @ rows.T) @ stored.T)
 
 
 def distance(patterns: Tensor, power: float, sign: float) -> Memory:
