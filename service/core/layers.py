@@ -258,12 +258,13 @@ class Hopfield(nn.Module):
         stored, state, projected = (self._first(x) for x in given)
         sizes = (self.stored_pattern_size, self.input_size, self.pattern_projection_size)
         fits = all(
-            x.ndim == 3 and x.shape[-1] == size for x, size in zip((stored, state, projected), sizes, strict=True)
+            x.ndim == 3 and x.shape[1] > 0 and x.shape[-1] == size
+            for x, size in zip((stored, state, projected), sizes, strict=True)
         )
         if not fits or stored.shape[:2] != projected.shape[:2] or stored.shape[0] != state.shape[0]:
             raise InvalidRequest(
-                f"stored, state and projected patterns {[tuple(x.shape) for x in given]} do not fit each other, or are "
-                f"not of {sizes} values"
+                f"stored, state and projected patterns {[tuple(x.shape) for x in given]} do not fit each other, are "
+                f"empty, or are not of {sizes} values"
             )
         rows = self.norm_hopfield_space(self._heads(stored, self.norm_stored_pattern, self.stored_projection))
         cues = self.norm_hopfield_space(self._heads(state, self.norm_state_pattern, self.state_projection))

@@ -16,9 +16,12 @@ from torch import Tensor
 
 from engram.layers import (
     Association,
+    Entmax,
     Hopfield,
     HopfieldLayer,
     HopfieldPooling,
+    KSubsets,
+    Polynomial,
     RandomFeatures,
     RandomRows,
     TopK,
@@ -26,7 +29,7 @@ from engram.layers import (
     separation_loss,
 )
 from service.core.retrieve import UPDATE_STEPS_MAX, retrieve
-from service.core.separation import Entmax, KSubsets, Polynomial, Separation
+from service.core.separation import Separation
 from service.core.similarity import Blocks, Kernel, Similarity, normalise_rows
 from service.errors import InvalidRequest
 
@@ -434,6 +437,7 @@ def test_what_means_nothing_is_refused(make: object) -> None:
     ("input", "padding", "mask"),
     [
         (torch.zeros(2, 5), None, None),
+        (torch.zeros(2, 0, 6), None, None),
         (torch.zeros(2, 5, 4), None, None),
         ((torch.zeros(2, 5, 6), torch.zeros(3, 5, 6), torch.zeros(2, 5, 6)), None, None),
         ((torch.zeros(2, 5, 6), torch.zeros(2, 5, 6), torch.zeros(2, 4, 6)), None, None),
