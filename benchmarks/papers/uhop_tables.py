@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 
 from benchmarks.papers import uhop_figures
-from benchmarks.papers.report import Cell, Report, formatted
+from benchmarks.papers.report import Cell, Report
 from benchmarks.papers.uhop_findings import PAPER_CUES, Findings, error, own, rank_correlation
 from benchmarks.papers.uhop_methods import (
     BESIDE,
@@ -193,19 +193,21 @@ def _noise_table(report: Report, found: Findings, kind: str, caption: str) -> No
 def _iteration_table(report: Report, found: Findings, middle: int) -> None:
     marks = sorted({mark for fits in found.by_iteration.values() for mark in fits})
     quantities = {
-        "separation loss": ("loss", 3),
-        "error, masked, as printed, β = 1": ("printed_masked", 1),
-        "error, masked, unit features": ("unit_masked", 1),
-        "error, right half missing, unit features": ("unit_half", 1),
-        "identity share, right half missing, unit features": ("own_half", 2),
+        "separation loss": "loss",
+        "error, masked, as printed, β = 1": "printed_masked",
+        "error, masked, unit features": "unit_masked",
+        "error, right half missing, unit features": "unit_half",
+        "identity share, right half missing, unit features": "own_half",
     }
-    rows = []
-    for training, fits in found.by_iteration.items():
-        for words, (name, digits) in quantities.items():
-            cells = [
-                formatted([getattr(run, name) for run in fits[mark]], digits) if mark in fits else "–" for mark in marks
-            ]
-            rows.append([training, words, *cells])
+    rows = [
+        [
+            training,
+            words,
+            *(_spread([getattr(run, name) for run in fits[mark]]) if mark in fits else "–" for mark in marks),
+        ]
+        for training, fits in found.by_iteration.items()
+        for words, name in quantities.items()
+    ]
     caption = f"{found.name}, {middle} memories, unit features at β = mean‖ξ‖²; columns: iterations"
     report.table(["training", "what", *map(str, marks)], rows, caption)
 
@@ -247,8 +249,8 @@ def _correlations(report: Report, findings: list[Findings]) -> None:
 
 
 def _compared_words(name: str, mine: float, other: str, theirs: float) -> str:
-    if round(mine, 3) == round(theirs, 3):
-        return f"To three decimals {name} and {other} are equal: training gains nothing here."
+    if round(mine, 2) == round(theirs, 2):
+        return f"To two decimals {name} and {other} are equal: training gains nothing here."
     if mine < theirs:
         return (
             f"So {name} beats {other} here: the gain over the paper's baselines comes of normalising, not of training."
@@ -257,9 +259,13 @@ def _compared_words(name: str, mine: float, other: str, theirs: float) -> str:
 
 
 def _cell(answers: Sequence[Recalled]) -> str:
-    """Mean ± standard deviation (identity share)."""
-    errors = [answer.error for answer in answers]
-    return f"{_figure(fmean(errors))} ± {_figure(stdev(errors), like=fmean(errors))} ({own(answers):.2f})"
+    return f"{_spread([answer.error for answer in answers])} ({own(answers):.2f})"
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation."""
+    mean = fmean(values)
+    return f"{_figure(mean)} ± {_figure(stdev(values), like=mean)}"
 
 
 def _figure(value: float, like: float | None = None) -> str:
