@@ -162,14 +162,16 @@ class Collection:
         cues: Iterable[Mapping[str, Any]] | None = None,
         negatives: Iterable[Mapping[str, Any]] | None = None,
         target_tpr: float | None = None,
+        **options: Any,
     ) -> Operation:
-        """Calibrate the gate again, as an operation: see `Client.operation` for how far it is.
+        """Calibrate the gate again, or train a kernel (`what="kernel"`), as an operation: see `Client.operation` for
+        how far it is. `options`: a kernel's, as in the API (`space`, `objective`, `time_limit_s`).
 
         cues: known cues, `{"id": their memory's, "text"?, "image"?, "mask"?, "vectors"?}`; they set the thresholds of
         the modalities they fill. negatives: cues of what was never stored. None keeps what was supplied, an empty
         list forgets it.
         """
-        request: Body = {"what": what}
+        request: Body = {"what": what, **options}
         if cues is not None:
             request["cues"] = [_known(cue) for cue in cues]
         if negatives is not None:
@@ -197,6 +199,15 @@ class Collection:
 
     def info(self) -> CollectionInfo:
         return CollectionInfo.of(self._transport.get_collection(self.name))
+
+    def kernels(self) -> list[dict[str, Any]]:
+        """The kernels that were trained, with their training records."""
+        kernels: list[dict[str, Any]] = self._transport.list_kernels(self.name)["kernels"]
+        return kernels
+
+    def retire_kernel(self, kernel_id: str) -> None:
+        """Go on without a kernel that is in use."""
+        self._transport.retire_kernel(self.name, kernel_id)
 
     def diagnostics(self) -> Diagnostics:
         """Margins, fixed points, rank, capacity, near-duplicates, β and memory: how well its memories are told apart.

@@ -63,6 +63,12 @@ class LocalTransport:
     def train(self, name: str, request: Body) -> Body:
         return _body(self._engine.train(name, validate(TrainRequest, request)))
 
+    def list_kernels(self, name: str) -> Body:
+        return _body(self._engine.kernels(name))
+
+    def retire_kernel(self, name: str, kernel_id: str) -> None:
+        self._engine.retire_kernel(name, kernel_id)
+
     def get_memory(self, name: str, memory_id: str) -> Body:
         return _body(self._engine.memory(name, memory_id))
 

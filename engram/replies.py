@@ -98,7 +98,9 @@ class Match(Reply):
 
 @dataclass(frozen=True)
 class Dynamics(Reply):
-    """`energy`: before, and after each step; None where it is no finite number."""
+    """`energy`: before, and after each step; None where it is no finite number. `compared_by`, `kernels`: what the
+    candidates were compared by; `probability`: that the first is the cue's own, where that was chosen by.
+    """
 
     steps: int
     converged: bool
@@ -109,6 +111,9 @@ class Dynamics(Reply):
     support: int
     certified: bool
     error_bound: float | None
+    compared_by: str = "cosine"
+    kernels: tuple[str, ...] = ()
+    probability: float | None = None
 
 
 @dataclass(frozen=True)
@@ -243,6 +248,7 @@ class Calibration(Reply):
     changed_rows: int | None = None
     redone_over: int | None = None
     why: str = ""
+    choices: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -260,3 +266,4 @@ class CollectionInfo(Reply):
     calibration: Calibration
     indexing: bool
     bytes: dict[str, int]
+    kernels: tuple[dict[str, str], ...] = ()

@@ -98,6 +98,10 @@ class CalibrationRefused(InvalidRequest):
     code, title = "calibration_refused", "The gate cannot be calibrated"
 
 
+class TrainingRefused(InvalidRequest):
+    code, title = "training_refused", "The kernel cannot be trained"
+
+
 # --- who asks ---------------------------------------------------------------------------------------------------------
 
 
@@ -130,6 +134,10 @@ class ContentNotFound(NotFound):
 
 class OperationNotFound(NotFound):
     code, title = "operation_not_found", "There is no such operation"
+
+
+class KernelNotFound(NotFound):
+    code, title = "kernel_not_found", "There is no such kernel in use"
 
 
 class Conflict(EngramError):

@@ -22,6 +22,7 @@ from starlette.routing import Route
 from service.api import bodies, problems
 from service.api.edge import Edge
 from service.app.engine import Engine
+from service.app.kernel_schemas import KernelList
 from service.app.reports import Diagnostics
 from service.app.schemas import (
     CollectionConfig,
@@ -160,8 +161,20 @@ async def delete_collection(collection: CollectionName, engine: Engine_, pool: P
 
 @v1.post("/collections/{collection}/train", status_code=202, tags=["collections"], openapi_extra=_body(TrainRequest))
 async def train(collection: CollectionName, request: Request, engine: Engine_, pool: Pool_) -> Operation:
-    """Calibrate the gate again, now: an operation."""
+    """Calibrate the gate again, now, or train a kernel: an operation."""
     return await pool.run(engine.train, collection, await bodies.read(request, TrainRequest))
+
+
+@v1.get("/collections/{collection}/kernels", tags=["collections"])
+async def list_kernels(collection: CollectionName, engine: Engine_, pool: Pool_) -> KernelList:
+    """The kernels that were trained, in use or not, with how each was trained and what became of it."""
+    return await pool.run(engine.kernels, collection)
+
+
+@v1.delete("/collections/{collection}/kernels/{kernel}", status_code=204, tags=["collections"])
+async def retire_kernel(collection: CollectionName, kernel: str, engine: Engine_, pool: Pool_) -> None:
+    """Go on without a kernel that is in use; its record stays."""
+    await pool.run(engine.retire_kernel, collection, kernel)
 
 
 # --- store and recall -------------------------------------------------------------------------------------------------

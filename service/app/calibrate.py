@@ -18,22 +18,26 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from service.app.comparison import ActiveKernel, Comparison
+from service.app.comparison import own as own_comparison
 from service.app.cues import whole_state
 from service.app.gate_schemas import CalibrationRecord, NegativesRecord
 from service.app.gates import SEED, SUPPORT, Gate, SuppliedCues, log_masses, make_interaction
 from service.app.known_cues import KnownCues, Supplied, draw, plans, supplied_with
-from service.app.live import LiveCollection
+from service.app.live import Learned, LiveCollection
 from service.app.resources import Resources
+from service.app.route_calibration import calibrate_route
+from service.app.routes import Route
 from service.bank import Found, View
 from service.core.beta import auto_beta
 from service.core.gate import calibrate
-from service.core.similarity import scores
+from service.core.similarity import Kernel, scores
 from service.errors import CalibrationRefused
 from service.storage.jobs import Job
 
@@ -43,50 +47,72 @@ CUES_MAX = (
 BETA_CUES_MAX = 64  # per modality, beside these: the gate's β only has to be of the right size
 MARGIN_SHARE = 0.95  # share of the declared cues whose own memory auto β must settle on
 STORED_SAMPLE = 64  # patterns that the margin of an uncalibrated modality is estimated on
+ROUTE_PREFIX = "route:"  # before the modality, where storage keeps a route
 QUIET_S = 1.0  # calibration starts when no write has come for this long,
 QUIET_WAIT_MAX_S = 30.0  # or after waiting this long for quiet
 
 
 def margin_for(
-    live: LiveCollection, view: View, modality: str, record: CalibrationRecord | None, spaces: tuple[str, ...]
+    live: LiveCollection, view: View, by: Comparison, record: CalibrationRecord | None, spaces: tuple[str, ...]
 ) -> float | None:
     """The margin auto β rests on: the calibration's, else what stored patterns themselves show (clean cues: an
     upper bound).
     """
     if record is not None and record.margin is not None:
         return record.margin
-    return stored_margin(live, view, spaces)
+    return stored_margin(live, view, spaces, by)
 
 
-def stored_margin(live: LiveCollection, view: View, spaces: tuple[str, ...]) -> float | None:
-    """The median margin of stored patterns as their own cues; None with fewer than two. Kept until the bank grows
-    by a tenth.
+def stored_margin(
+    live: LiveCollection, view: View, spaces: tuple[str, ...], by: Comparison | None = None
+) -> float | None:
+    """The median margin of stored patterns as their own cues, compared as `by` does (None: by the collection's own
+    similarity); None with fewer than two. Kept until the bank grows by a tenth.
     """
-    kept = live.margins.get(spaces)
+    by = own_comparison(live) if by is None else by
+    kept = live.margins.get((by.name, *spaces))
     if kept is not None and abs(kept[0] - view.count) <= 0.1 * kept[0]:
         return kept[1]
     margin = None
     if view.count > 1:
         rows = view.sample(STORED_SAMPLE, SEED)
-        parts = torch.split(view.gather(rows[:, None])[:, 0], list(live.blocks.widths), dim=1)
+        parts = torch.split(view.gather(rows[:, None], raw=by.raw)[:, 0], list(live.blocks.widths), dim=1)
         cue = {name: part for name, part in zip(live.spaces, parts, strict=True) if name in spaces}
-        weights = {name: live.spaces[name].weight for name in spaces}
-        scores = view.search(cue, weights, 2).scores
+        scores = by.search(view, cue, _weights(live, spaces), 2).scores
         margins = scores[:, 0] - scores[:, 1]
         margins = margins[margins.isfinite()]  # a memory that lacks these spaces finds nothing, itself included
         margin = float(margins.median()) if len(margins) else None
-    live.margins[spaces] = (view.count, margin)
+    live.margins[by.name, *spaces] = (view.count, margin)
     return margin
 
 
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """The gates and routes by modality, made over `rows` memories when `changed_rows` had changed since the last."""
+
+    gates: Mapping[str, Gate]
+    routes: Mapping[str, Route]
+    rows: int
+    changed_rows: int
+
+    def packed(self) -> dict[str, Any]:
+        """As storage keeps them: a route beside its modality's gate."""
+        packed = {modality: gate.packed() for modality, gate in self.gates.items()}
+        return packed | {ROUTE_PREFIX + modality: route.packed() for modality, route in self.routes.items()}
+
+    def learned(self, live: LiveCollection, kernels: Mapping[str, ActiveKernel]) -> None:
+        """Let recalls go by it, under these kernels."""
+        live.learn(Learned(kernels, self.gates, self.routes), self.rows, live.changed_rows - self.changed_rows)
+
+
 def calibrate_collection(
-    live: LiveCollection, resources: Resources, progress: Callable[[float], None], supplied: Supplied | None = None
-) -> dict[str, Gate]:
-    """Calibrate every modality that cues can be made for or were supplied for. Returns the gates; the caller keeps
-    them.
+    live: LiveCollection, resources: Resources, kernels: Mapping[str, Kernel], progress: Callable[[float], None],
+    supplied: Supplied,
+) -> Calibration:  # fmt: skip
+    """Calibrate every modality that cues can be made for or were supplied for, under these kernels by space. The caller
+    keeps the outcome.
     """
-    supplied = Supplied() if supplied is None else supplied
-    view = live.bank.view()
+    view, changed_rows = live.bank.view(), live.changed_rows
     rows = view.sample(min(CUES_MAX, view.count), SEED)
     ids = [memory_id for line in view.ids(rows[:, None]) for memory_id in line if memory_id is not None]
     every_plan = list(plans(live))
@@ -101,6 +127,7 @@ def calibrate_collection(
         for_beta |= draw(live, resources, ids, plan, BETA_CUES_MAX, 1, lambda _: drawing(1.0))
     drawn |= {modality: KnownCues(cues.tensors(), cues.ids).of(view) for modality, cues in supplied.known.items()}
     gates: dict[str, Gate] = {}
+    routes: dict[str, Route] = {}
     for done, (modality, cues) in enumerate(drawn.items()):
 
         def beat(done: int = done) -> None:
@@ -113,7 +140,9 @@ def calibrate_collection(
             modality in supplied.known, beat,
         )  # fmt: skip
         gates[modality] = replace(gate, known=supplied.known.get(modality))
-    return gates
+        if (route := calibrate_route(live, view, kernels, modality, cues, gate)) is not None:
+            routes[modality] = route
+    return Calibration(gates, routes, view.count, changed_rows)
 
 
 def _calibrate_modality(
@@ -160,7 +189,7 @@ def _calibrate_modality(
     known = _score(live, view, gate, cue, found)
     beat()
     try:
-        record.log_lambda = _threshold(gate, known)
+        record.log_lambda = _threshold(live, gate, known)
     except CalibrationRefused as refusal:
         record.refused = refusal.detail
         return gate
@@ -204,8 +233,10 @@ def _with_negatives(live: LiveCollection, view: View, gate: Gate, for_beta: Know
     return gate.boosted(live, boosting, float(background))
 
 
-def _threshold(gate: Gate, known: Tensor) -> float:
+def _threshold(live: LiveCollection, gate: Gate, known: Tensor) -> float:
     rows = gate.record.rows if gate.interaction is None else gate.interaction.shape[0]
+    if live.similarity == "neg_l2":
+        return calibrate(known, gate.record.target_tpr, None).log_lambda
     return calibrate(known, gate.record.target_tpr, rows, gate.log_against).log_lambda
 
 
@@ -233,7 +264,7 @@ def _strangers(
         return None
     score = _score(live, view, judge, drawn.cues, whole)  # a matrix takes nothing from what was found
     try:
-        return _share_over(_threshold(judge, score[~strange]), score[strange])
+        return _share_over(_threshold(live, judge, score[~strange]), score[strange])
     except CalibrationRefused:
         return None
 
@@ -279,7 +310,7 @@ def _negatives_record(
     assert gate.record.log_lambda is not None
     plain = replace(gate, opposed=None)
     try:
-        plain_lambda = _threshold(plain, _score(live, view, plain, *known))
+        plain_lambda = _threshold(live, plain, _score(live, view, plain, *known))
         rate_without = _share_over(plain_lambda, _score(live, view, plain, cue, found))
     except CalibrationRefused:  # without the negatives there would be no threshold
         rate_without = None
@@ -299,14 +330,17 @@ def run_calibrate_job(resources: Resources, job: Job, beat: Callable[[float], No
     while (now := time.monotonic()) - live.last_write_s < QUIET_S and now - waiting_since < QUIET_WAIT_MAX_S:
         time.sleep(0.05)
     live.calibration_job = None  # what is written from here on may ask for another
-    rows, changed = live.bank.view().count, live.changed_rows
     supplied, skipped = supplied_with(live, resources, job)
-    gates = calibrate_collection(live, resources, beat, supplied)
-    for modality in supplied.negatives.keys() - gates.keys():
+    with live.learning:
+        kernels = live.learned.kernels
+        under = {name: active.kernel for name, active in kernels.items()}
+        calibration = calibrate_collection(live, resources, under, beat, supplied)
+        beat(1.0)  # the last look at whether the job is still wanted
+        resources.repository.put_gates(live.id, calibration.packed())
+        calibration.learned(live, kernels)
+    for modality in supplied.negatives.keys() - calibration.gates.keys():
         detail = f"the negatives that fill {modality} are not used: no known cue fills it"
         skipped.append({"position": None, "code": "nothing_observed", "detail": detail})
-    beat(1.0)  # the last look at whether the job is still wanted
-    resources.repository.put_gates(live.id, {modality: gate.packed() for modality, gate in gates.items()})
-    live.set_gates(gates, rows, live.changed_rows - changed)
     resources.calibrate_if_due(live)
-    return {"modalities": [gate.record.model_dump(mode="json") for gate in gates.values()], "skipped": skipped}
+    records = [gate.record.model_dump(mode="json") for gate in calibration.gates.values()]
+    return {"modalities": records, "skipped": skipped}

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import torch
+
+from service.app.calibrate import ROUTE_PREFIX
+from service.app.comparison import ActiveKernel
 from service.app.gates import Gate
-from service.app.live import LiveCollection, check_fingerprints, make_spaces
+from service.app.kernel_schemas import KernelInUse
+from service.app.live import Learned, LiveCollection, check_fingerprints, make_spaces
 from service.app.resources import Resources
+from service.app.routes import Route
 from service.app.schemas import (
     CollectionConfig,
     CollectionInfo,
     SpaceInfo,
 )
 from service.bank import Rows
+from service.core.similarity import Kernel
 from service.encoders.protocol import Decoder
 from service.errors import InvalidRequest
 from service.storage.repository import Collection
@@ -42,18 +49,25 @@ def load(resources: Resources, row: Collection) -> LiveCollection:
     spaces = make_spaces(config, resources.make_encoder)
     check_fingerprints(row.name, spaces, row.config["fingerprints"])
     live = LiveCollection(row, config, spaces, DEVICE)
+    kernels = {}
+    for kept in resources.repository.get_kernels(row.id):
+        if kept.weight is not None:
+            kernels[kept.space] = ActiveKernel(kept.space, kept.number, Kernel(torch.from_numpy(kept.weight)))
+            live.bank.add_kernel(kept.space, kernels[kept.space].kernel)
     layout = [(space.name, space.dimension) for space in spaces.values()]
     with resources.repository.iter_patterns(row.id, layout) as stream:
         for chunk in stream.chunks:
             live.bank.write(Rows(chunk.ids, chunk.vectors, chunk.payloads), [], stream.version)
-    while live.bank.seal_due() and live.bank.seal():
-        pass
-    stored = resources.repository.get_gates(row.id)
-    gates = {modality: Gate.unpacked(live, gate.record) for modality, gate in stored.items()}
+    stored = {name: gate.record for name, gate in resources.repository.get_gates(row.id).items()}
+    gates = {m: Gate.unpacked(live, record) for m, record in stored.items() if not m.startswith(ROUTE_PREFIX)}
+    routes = {m.removeprefix(ROUTE_PREFIX): Route.unpacked(r) for m, r in stored.items() if m.startswith(ROUTE_PREFIX)}
     if gates:
         made = next(iter(gates.values())).record
         gone = max(0, made.rows - live.bank.view().count)
-        live.set_gates(gates, made.rows, gone + resources.repository.count_since(row.id, made.version))
+        changed = gone + resources.repository.count_since(row.id, made.version)
+        live.learn(Learned(kernels, gates, routes), made.rows, changed)
+    while live.bank.seal_due() and live.bank.seal():
+        pass
     return live
 
 
@@ -80,6 +94,7 @@ def info(live: LiveCollection) -> CollectionInfo:
         name=live.name, version=view.version, count=view.count, created_at=live.created_at.isoformat(), spaces=spaces,
         recall=live.config.recall, corruptions=[c.describe() for c in live.corruptions], gate=live.config.gate,
         calibration=live.calibration(),
+        kernels=[KernelInUse(id=kernel.id, space=kernel.space) for kernel in live.learned.kernels.values()],
         indexing=live.sealing.locked() or live.bank.seal_due(), bytes=live.bank.sizes(),
     )  # fmt: skip
 

@@ -15,8 +15,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from service.app.calibrate import margin_for
+from service.app.comparison import own
 from service.app.cues import modality_of
-from service.app.live import LiveCollection
+from service.app.live import LiveCollection, spaces_of
 from service.app.recall import beta_for
 from service.app.reports import (
     CapacityEstimate,
@@ -154,7 +155,7 @@ def _betas(live: LiveCollection, view: View) -> dict[str, ModalityBeta]:
     """β of every modality that was calibrated, else of cues that fill every space."""
     if not view.count:
         return {}
-    known = {name: tuple(sorted(name.removesuffix(":masked").split("+"))) for name in live.records}
+    known = {name: spaces_of(name) for name in live.records}
     if not known:
         known = {modality_of(tuple(live.spaces), False): tuple(live.spaces)}
     return {name: _beta(live, view, name, spaces) for name, spaces in known.items()}
@@ -162,7 +163,7 @@ def _betas(live: LiveCollection, view: View) -> dict[str, ModalityBeta]:
 
 def _beta(live: LiveCollection, view: View, modality: str, spaces: tuple[str, ...]) -> ModalityBeta:
     default, record = live.config.recall, live.records.get(modality)
-    margin = margin_for(live, view, modality, record, spaces)
+    margin = margin_for(live, view, own(live), record, spaces)
     rests_on: RestsOn = "no margin" if margin is None else "stored memories as their own cues"
     if record is not None and record.margin is not None:
         rests_on = "calibration cues"

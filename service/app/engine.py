@@ -21,11 +21,13 @@ from service.app.batching import MicroBatcher
 from service.app.calibrate import run_calibrate_job
 from service.app.cues import CueBlocks, Parts, encode_cues, in_batches, read_parts
 from service.app.diagnose import diagnose
+from service.app.kernel_schemas import KernelList, TrainKernel
+from service.app.kernels import enqueue_kernel, listed, retire, run_kernel_job
 from service.app.known_cues import enqueue_training
 from service.app.live import LiveCollection
 from service.app.recall import Recalled, Resolved, check_size, empty_result, recall_blocks, resolve
 from service.app.reports import Diagnostics
-from service.app.resources import CALIBRATE_JOB, Resources
+from service.app.resources import CALIBRATE_JOB, KERNEL_JOB, Resources
 from service.app.schemas import (
     CollectionConfig,
     CollectionInfo,
@@ -253,8 +255,20 @@ class Engine:
     # --- operations and the jobs behind them ---
 
     def train(self, name: str, request: TrainRequest) -> Operation:
-        """Calibrate the gate again, now, with what is supplied. Raises `InvalidRequest`, naming the wrong cues."""
-        return self.operation(enqueue_training(self.resources, self.resources.live(name), request))
+        """Calibrate the gate again, now, with what is supplied; or train a kernel. Raises `InvalidRequest`, naming the
+        wrong cues, `UnknownSpace`, `TrainingRefused`.
+        """
+        live = self.resources.live(name)
+        if isinstance(request.root, TrainKernel):
+            return self.operation(enqueue_kernel(self.resources, live, request.root))
+        return self.operation(enqueue_training(self.resources, live, request.root))
+
+    def kernels(self, name: str) -> KernelList:
+        return listed(self.resources, self.resources.live(name))
+
+    def retire_kernel(self, name: str, kernel_id: str) -> None:
+        """Go on without it. Raises `KernelNotFound`."""
+        retire(self.resources, self.resources.live(name), kernel_id)
 
     def operation(self, operation_id: str) -> Operation:
         return self._operation(self.repository.get_job(operation_id))
@@ -280,6 +294,7 @@ class Engine:
         return {
             STORE_JOB: partial(run_store_job, self.resources),
             CALIBRATE_JOB: partial(run_calibrate_job, self.resources),
+            KERNEL_JOB: partial(run_kernel_job, self.resources),
         }
 
     def seal(self) -> None:

@@ -8,6 +8,9 @@ from pydantic import Field
 
 from service.app.fields import Reply, Request
 
+ComparisonName = Literal["own", "kernel", "neg_l2", "observed_neg_l2"]
+"""How cues are compared with memories (see comparison.py)."""
+
 
 class PrototypesSpec(Request):
     prototypes: int = Field(ge=2, le=4_096)
@@ -59,6 +62,9 @@ class CalibrationRecord(Reply):
     """What the gate and β of one modality rest on; `refused` says why there is no threshold."""
 
     modality: str
+    compared_by: ComparisonName = Field(
+        default="own", description="`own`: the collection's similarity; under `choices`, the comparison chosen"
+    )
     version: int = Field(description="the collection's version when it was made")
     rows: int = Field(description="memories then")
     cues: int = Field(description="cues that the threshold was set by")
@@ -81,6 +87,21 @@ class CalibrationRecord(Reply):
     refused: str | None = None
 
 
+class ChoiceInfo(Reply):
+    """Cues of one modality under a kernel: what they may be compared by, and how the choice fared on cues it was not
+    fitted on.
+    """
+
+    modality: str
+    comparisons: list[ComparisonName]
+    cues: int
+    alone: dict[str, float]
+    chosen: float
+    oracle: float
+    picked: dict[str, float]
+    records: list[CalibrationRecord] = Field(description="what β and the verdicts of the cues that choose each rest on")
+
+
 CalibrationState = Literal["none", "pending", "current", "stale"]
 
 
@@ -96,3 +117,4 @@ class CalibrationInfo(Reply):
     redone_over: int | None
     why: str = Field(description="the state in words")
     modalities: list[CalibrationRecord]
+    choices: list[ChoiceInfo] = Field(description="modalities whose cues choose their comparison (`kernel: auto`)")

@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,13 +26,11 @@ from torch import Tensor
 
 from service.app.cues import CueBlocks, Vectors, stack, whole_state
 from service.app.gate_schemas import CalibrationRecord, LearnedSpec, LearningRecord, PrototypesSpec
+from service.app.live import LiveCollection, spaces_of
 from service.bank import View
 from service.core.gate import boosted, follow, log_mass, prototypes
 from service.core.interaction import learning
 from service.errors import CalibrationRefused
-
-if TYPE_CHECKING:
-    from service.app.live import LiveCollection
 
 SUPPORT = 64  # rows whose mass the gate sums, in calibration and in recall alike
 PATH_STEPS = 8  # steps of the gate's own dynamics: it is nearly always at rest after one or two
@@ -89,6 +87,11 @@ class Gate:
     known: SuppliedCues | None = None
     negatives: SuppliedCues | None = None
 
+    @property
+    def plain(self) -> bool:
+        """Whether the score is the mass of the bank's nearest rows at the cue, and no more."""
+        return self.interaction is None and self.opposed is None and self.record.when == "cue"
+
     def packed(self) -> dict[str, Any]:
         """As JSON, for storage."""
         return {
@@ -101,7 +104,7 @@ class Gate:
     @classmethod
     def unpacked(cls, live: LiveCollection, packed: Mapping[str, Any]) -> Gate:
         record = CalibrationRecord.model_validate(packed)
-        spaces = tuple(record.modality.removesuffix(":masked").split("+"))
+        spaces = spaces_of(record.modality)
         matrix = packed.get("matrix") or packed.get("prototypes")  # the former name of it
         dimension = sum(live.spaces[name].dimension for name in spaces)
         known, negatives = (

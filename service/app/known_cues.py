@@ -21,7 +21,7 @@ from service.app.cues import CueBlocks, Parts, encode_cues, in_batches, read_par
 from service.app.gates import SEED, SuppliedCues
 from service.app.live import LiveCollection
 from service.app.resources import CALIBRATE_JOB, Resources
-from service.app.schemas import Cue, TrainRequest
+from service.app.schemas import Cue, TrainGate
 from service.bank import View
 from service.encoders.corruption import Corruption, Target, corrupt_picture, corrupt_text, corrupt_vectors
 from service.encoders.picture import read_picture
@@ -80,13 +80,15 @@ def plans(live: LiveCollection) -> Iterator[Plan]:
 
 def draw(
     live: LiveCollection, resources: Resources, ids: Sequence[str], plan: Plan, most: int, turn: int,
-    progress: Callable[[float], None],
+    progress: Callable[[float], None], chosen: Mapping[str, float] | None = None,
 ) -> dict[str, KnownCues]:  # fmt: skip
-    """Corrupted cues by the modality they turn out to have; `turn` numbers independent draws."""
+    """Corrupted cues by the modality they turn out to have; `turn` numbers independent draws, `chosen` are the spaces
+    to fill (None: all).
+    """
     made: dict[str, list[tuple[CueBlocks, str]]] = defaultdict(list)
     read = 0
     for batch in in_batches(_corrupted_cues(live, resources, ids, plan, most, turn)):
-        for (memory_id, _), cue in zip(batch, encode_cues(live, [parts for _, parts in batch], None), strict=True):
+        for (memory_id, _), cue in zip(batch, encode_cues(live, [parts for _, parts in batch], chosen), strict=True):
             if isinstance(cue, CueBlocks):  # else the corruption left nothing of it
                 made[cue.modality].append((cue, memory_id))
         read += len(batch)
@@ -170,7 +172,7 @@ class Supplied:
         )
 
 
-def enqueue_training(resources: Resources, live: LiveCollection, request: TrainRequest) -> str:
+def enqueue_training(resources: Resources, live: LiveCollection, request: TrainGate) -> str:
     """Check what is supplied and commit the job that calibrates with it; its id.
 
     Raises InvalidRequest, naming each cue that is wrong by its position.

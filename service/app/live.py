@@ -8,20 +8,22 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from service.app.gate_schemas import CalibrationInfo, CalibrationRecord, CalibrationState
 from service.app.schemas import CollectionConfig, SpaceConfig
 from service.bank import Bank, Layout, Rows, SpaceLayout
-from service.core.similarity import Blocks
+from service.core.similarity import Blocks, Kernel
 from service.encoders.corruption import DEFAULT_CORRUPTIONS, Corruption
 from service.encoders.protocol import Decoder, Encoder
 from service.errors import EncoderMismatch, InvalidRequest
 from service.storage.repository import Collection
 
 if TYPE_CHECKING:
+    from service.app.comparison import ActiveKernel
     from service.app.gates import Gate
+    from service.app.routes import Route
 
 STALE_SHARE = (
     0.1  # a calibration is redone when the number of memories has moved by this share (log S grows with log N)
@@ -64,6 +66,20 @@ def make_spaces(config: CollectionConfig, make_encoder: MakeEncoder) -> dict[str
     return spaces
 
 
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """What was learned from the memories, replaced as one: `kernels` by space; `gates` and `routes` by modality, made
+    under these kernels.
+    """
+
+    kernels: Mapping[str, ActiveKernel] = field(default_factory=dict)
+    gates: Mapping[str, Gate] = field(default_factory=dict)
+    routes: Mapping[str, Route] = field(default_factory=dict)
+
+    def by_id(self, kernel_id: str) -> ActiveKernel | None:
+        return next((kernel for kernel in self.kernels.values() if kernel.id == kernel_id), None)
+
+
 class LiveCollection:
     def __init__(self, row: Collection, config: CollectionConfig, spaces: dict[str, Space], device: str) -> None:
         self.id = row.id
@@ -84,10 +100,12 @@ class LiveCollection:
         self.corruptions: list[Corruption] = list(config.corruptions or DEFAULT_CORRUPTIONS)
         self.bank = Bank(self.layout, device=device)
         self.bank.write(None, [], row.version)  # an empty bank, too, stands at its collection's version
-        self.gates: dict[str, Gate] = {}  # by modality
+        self.learned = Learned()
+        self.learning = threading.Lock()  # held from a calibration's first look at the kernels to its end
         self.calibrated_rows: int | None = None  # memories at the last calibration; None before the first
         self.changed_rows = 0  # memories written or deleted since
         self.margins: dict[tuple[str, ...], tuple[int, float | None]] = {}  # see calibrate.stored_margin
+        self._retired: list[Kernel] = []
         self.last_write_s = 0.0  # monotonic; calibration waits for quiet
         self.sealing = threading.Lock()
         self.calibration_job: str | None = None  # a calibration that has not looked at the bank yet
@@ -99,12 +117,43 @@ class LiveCollection:
         self.last_write_s = time.monotonic()
 
     @property
+    def gates(self) -> Mapping[str, Gate]:
+        return self.learned.gates
+
+    @property
     def records(self) -> dict[str, CalibrationRecord]:
         return {modality: gate.record for modality, gate in self.gates.items()}
 
-    def set_gates(self, gates: dict[str, Gate], rows: int, changed_rows: int) -> None:
-        """Keep gates made over `rows` memories, of which `changed_rows` have been written or deleted since."""
-        self.gates, self.calibrated_rows, self.changed_rows = gates, rows, changed_rows
+    def learn(self, learned: Learned, rows: int, changed_rows: int) -> None:
+        """Keep what was learned of `rows` memories, of which `changed_rows` have been written or deleted since."""
+        before, self.learned = self.learned, learned
+        self.calibrated_rows, self.changed_rows, self.margins = rows, changed_rows, {}
+        self._let_go(before)
+
+    def without_kernel(self, space: str, version: int) -> None:
+        """A space goes on without its kernel; what was calibrated under it is forgotten. Called by storage."""
+        before = self.learned
+        kernels = {name: kernel for name, kernel in before.kernels.items() if name != space}
+        routes = {name: route for name, route in before.routes.items() if space not in spaces_of(name)}
+        self.learned = Learned(kernels, before.gates, routes)
+        self.bank.write(None, [], version)
+        self._let_go(before)
+
+    def _let_go(self, before: Learned) -> None:
+        """The bank forgets kernels that no recall can ask for any more: those that went out of use a change ago."""
+        for space, kernel in self.learned.kernels.items():
+            # A graph serves one comparison; where everything goes by the kernel, it is built on the kernel's keys.
+            routes = [route for name, route in self.learned.routes.items() if space in spaces_of(name)]
+            by_kernel = bool(routes) and all(route.comparisons == ("kernel",) for route in routes)
+            self.bank.set_graph_kernel(space, kernel.kernel if by_kernel else None)
+        in_use = {kernel.kernel for kernel in self.learned.kernels.values()}
+        gone = [kernel for kernel in before.kernels.values() if kernel.kernel not in in_use]
+        if gone:
+            for kernel in gone:
+                self.bank.set_graph_kernel(kernel.space, None)
+            for old in self._retired:
+                self.bank.drop_kernel(old)
+            self._retired = [kernel.kernel for kernel in gone]
 
     def calibration_state(self) -> CalibrationState:
         """none: nothing to calibrate with; pending: not done yet; stale: too much has changed since; current."""
@@ -132,7 +181,13 @@ class LiveCollection:
         return CalibrationInfo(
             state=state, rows_then=then, rows_now=self.bank.view().count, changed_rows=self.changed_rows,
             redone_over=over, why=why[state], modalities=list(self.records.values()),
+            choices=[route.info for route in self.learned.routes.values()],
         )  # fmt: skip
+
+
+def spaces_of(modality: str) -> tuple[str, ...]:
+    """The spaces that cues of a modality fill."""
+    return tuple(modality.removesuffix(":masked").split("+"))
 
 
 def _decoder(spaces: Mapping[str, Space]) -> tuple[str, Decoder] | None:

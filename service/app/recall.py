@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from service.app.calibrate import margin_for
-from service.app.cues import CueBlocks, stack, whole_state
+from service.app.comparison import Comparison, own
+from service.app.cues import CueBlocks, stack
 from service.app.gates import SUPPORT, log_masses
 from service.app.live import LiveCollection
+from service.app.routes import Way, ways
 from service.app.schemas import (
     Drawing,
     Match,
@@ -39,11 +41,11 @@ from service.core.beta import auto_beta
 from service.core.certificate import softmax_bound, sparse_exact
 from service.core.retrieve import Outcome, retrieve
 from service.core.separation import Separation, separate
-from service.core.similarity import Blocks, overlaps, scores
+from service.core.similarity import overlaps
 from service.core.support import top_k
 from service.core.update import association
 from service.encoders.picture import write_png
-from service.errors import InvalidRequest, NotDecodable, UnknownSpace
+from service.errors import InvalidRequest, KernelNotFound, NotDecodable, UnknownSpace
 
 AMBIGUOUS_LOG_ODDS = math.log(3.0)  # step-0 odds of the first two under 3:1 (design: verdicts)
 AMBIGUOUS_WEIGHT = 0.75  # settled weight of the first under this
@@ -69,6 +71,7 @@ class Resolved:
     update_steps_max: int
     step_size: float
     clamp_observed: bool
+    kernel: str
     gate: bool
     certify: bool
     reconstruct: bool
@@ -99,6 +102,7 @@ def resolve(live: LiveCollection, options: RecallOptions) -> Resolved:
         update_steps_max=default.update_steps_max if options.update_steps_max is None else options.update_steps_max,
         step_size=default.step_size if options.step_size is None else options.step_size,
         clamp_observed=default.clamp_observed if options.clamp_observed is None else options.clamp_observed,
+        kernel=_kernel(live, default.kernel if options.kernel is None else options.kernel),
         gate=options.gate,
         certify=options.certify,
         reconstruct=options.reconstruct,
@@ -106,6 +110,13 @@ def resolve(live: LiveCollection, options: RecallOptions) -> Resolved:
         with_vectors=options.with_vectors,
         trace=options.trace,
     )
+
+
+def _kernel(live: LiveCollection, asked: str) -> str:
+    if asked not in ("auto", "none") and live.learned.by_id(asked) is None:
+        active = ", ".join(kernel.id for kernel in live.learned.kernels.values()) or "none is"
+        raise KernelNotFound(f"kernel is auto, none or the id of one in use ({active}), not {asked}")
+    return asked
 
 
 class Stopwatch:
@@ -132,15 +143,22 @@ class Recalled:
 def recall_blocks(live: LiveCollection, cues: Sequence[CueBlocks], options: Resolved) -> Recalled:
     """Recall a batch of encoded cues. Blocking and CPU-bound: call it from a worker thread."""
     watch = Stopwatch()
-    view = live.bank.view()
+    # In this order: a kernel comes to the bank before it is learned, so the view knows every kernel of these.
+    learned, view = live.learned, live.bank.view()
     groups: dict[str, list[int]] = defaultdict(list)
     for i, cue in enumerate(cues):
         groups[cue.modality].append(i)
     results: dict[int, RecallResult] = {}
     for modality, members in groups.items():
         for part in _within_memory(live, view, members, options):
-            answered = _Recall(live, view, modality, [cues[i] for i in part], options, watch).results()
-            results.update(zip(part, answered, strict=True))
+            some = [cues[i] for i in part]
+            if view.count == 0:
+                results.update((i, empty_result("uncalibrated", warnings=cues[i].warnings)) for i in part)
+                continue
+            for way in ways(live, learned, view, modality, some, options):
+                watch.lap("search")
+                answered = _Recall(live, view, modality, [some[i] for i in way.members], way, options, watch).results()
+                results.update(zip((part[i] for i in way.members), answered, strict=True))
     return Recalled(view.version, [results[i] for i in range(len(cues))], watch.seconds)
 
 
@@ -170,20 +188,18 @@ class _Recall:
     """
 
     def __init__(
-        self, live: LiveCollection, view: View, modality: str, cues: Sequence[CueBlocks], options: Resolved,
+        self, live: LiveCollection, view: View, modality: str, cues: Sequence[CueBlocks], way: Way, options: Resolved,
         watch: Stopwatch,
     ) -> None:  # fmt: skip
         self.live, self.view, self.modality = live, view, modality
-        self.cues, self.options, self.watch = cues, options, watch
-        self.gate = live.gates.get(modality)
-        self.record = None if self.gate is None else self.gate.record
-        self.blocks = live.blocks if options.spaces is None else _reweighted(live, dict(options.spaces))
+        self.cues, self.way, self.options, self.watch = cues, way, options, watch
+        self.gate, self.record = way.gate, way.record
+        self.by = way.comparison if options.spaces is None else _reweighted(live, way.comparison, dict(options.spaces))
+        self.blocks = self.by.blocks
 
     def results(self) -> list[RecallResult]:
-        if self.view.count == 0:
-            return [empty_result("uncalibrated", warnings=cue.warnings) for cue in self.cues]
         self.cue = stack(self.cues)
-        self.state, self.observed = whole_state(self.live, self.cue)
+        self.state, self.observed = self.by.state(self.live, self.cue)
         self._search()
         self.watch.lap("search")
         self._gate()
@@ -208,9 +224,9 @@ class _Recall:
         options = self.options
         self.order: Tensor | None = None  # dense: the shared patterns' columns by falling score
         if options.support == "dense":
-            self.stored, rows = self.view.matrix()
-            hidden = self.view.lacking(list(self.cue), rows)
-            self.first_scores = scores(self.blocks, self.stored, self.state, self.observed)
+            self.stored, rows = self.by.matrix(self.view)
+            hidden = self.view.lacking(list(self.cue), rows, self.by.kernels)
+            self.first_scores = self.by.scores(self.stored, self.state, self.observed)
             self.first_scores = self.first_scores.masked_fill(hidden, -torch.inf)
             self.order = self.first_scores.argsort(dim=1, descending=True, stable=True)
             ordered = self.first_scores.gather(1, self.order)
@@ -218,12 +234,14 @@ class _Recall:
             self.nearest, self.nearest_rows = ordered[:, :SUPPORT], self.found.rows[:, :SUPPORT]
             self.valid = (~hidden).expand_as(ordered) if bool(hidden.any()) else None
             return
-        weights = dict(zip(self.live.spaces, self.blocks.weights, strict=True))
         limit = max(options.support, options.limit)
-        found = self.view.search(self.cue, weights, max(limit, SUPPORT), exact=options.exact)
+        found = self.way.found
+        if found is None:
+            weights = {space.name: space.weight for space in self.live.spaces.values()} | (options.chosen or {})
+            found = self.by.search(self.view, self.cue, weights, max(limit, SUPPORT), exact=options.exact)
         self.nearest, self.nearest_rows = found.scores[:, :SUPPORT], found.rows[:, :SUPPORT]
         self.found = Found(found.rows[:, :limit], found.scores[:, :limit], found.exact)
-        self.stored, self.first_scores = self.view.gather(self.found.rows), self.found.scores
+        self.stored, self.first_scores = self.by.gather(self.view, self.found.rows), self.found.scores
         # Padding is last in a row, so a look at the last column finds it.
         self.valid = self.found.rows >= 0 if bool((self.found.rows[:, -1] < 0).any()) else None
 
@@ -234,7 +252,12 @@ class _Recall:
         gate = self.gate
         wanted = self.options.gate and self.options.spaces is None
         if wanted and gate is not None and gate.record.log_lambda is not None:
-            masses = log_masses(self.live, gate, self.view, self.cue, self.nearest_rows, self.nearest)
+            rows, nearest = self.nearest_rows, self.nearest
+            if self.way.gate_is_own:
+                weights = {name: self.live.spaces[name].weight for name in self.cue}
+                found = own(self.live).search(self.view, self.cue, weights, SUPPORT, exact=self.options.exact)
+                rows, nearest = found.rows, found.scores
+            masses = log_masses(self.live, gate, self.view, self.cue, rows, nearest)
             self.mass = masses.amin(dim=1).tolist()
             under = masses <= gate.record.log_lambda
             self.rejected_at = torch.where(under.any(dim=1), under.int().argmax(dim=1), -1).tolist()
@@ -266,8 +289,8 @@ class _Recall:
         self.weights = settled.weights if self.order is None else settled.weights.gather(1, self.order)
 
     def _auto_beta(self, separation: Separation, support: int) -> float:
-        margin = margin_for(self.live, self.view, self.modality, self.record, tuple(self.cue))
-        return beta_for(margin, separation, self.view.norm_max, support)
+        margin = margin_for(self.live, self.view, self.by, self.record, tuple(self.cue))
+        return beta_for(margin, separation, self.by.norm_max(self.view), support)
 
     def _certify(self) -> None:
         """A certificate belongs to a step whose rows an exact search chose at that step's state, over the blocks it
@@ -278,32 +301,34 @@ class _Recall:
         self.certified, self.error_bound = [False] * batch, [None] * batch
         if options.certify:
             # Every row at the last state, over all blocks; the cost of a dense step, which is what is asked for.
-            stored, _ = self.view.matrix()
+            stored, _ = self.by.matrix(self.view)
             every = overlaps(self.blocks, stored, settled.state)
             support = min(self.found.rows.shape[1], self.view.count)
             scored, chosen = (every, None) if support == self.view.count else top_k(every, support)
             weights = separate(options.separation, scored * self.beta)
             target = association(stored if chosen is None else stored[chosen], weights)
-            applies, moved = [True] * batch, torch.linalg.vector_norm(target - settled.state, dim=1)
+            applies, moved = [True] * batch, self.by.length(target - settled.state)
         elif self.found.exact:
             scored, applies = self.found.scores, (settled.steps == 1).tolist()
             moved = torch.zeros(batch)
         else:
             return
+        norm_max = self.by.norm_max(self.view)
+        score_error = SCORE_ERROR * (1.0 if self.blocks.similarity == "cosine" else norm_max**2)
         if options.separation == "softmax":
-            missed = softmax_bound(scored, self.view.count, self.beta, self.view.norm_max, SCORE_ERROR)[1]
+            missed = softmax_bound(scored, self.view.count, self.beta, norm_max, score_error)[1]
             holds, distance = [True] * batch, (missed + moved).tolist()
         elif options.separation == "max":
             holds, distance = [True] * batch, moved.tolist()  # the first row is the first of all rows
         else:
-            exact = sparse_exact(options.separation, scored, self.beta, self.view.count, SCORE_ERROR)
+            exact = sparse_exact(options.separation, scored, self.beta, self.view.count, score_error)
             holds, distance = exact.tolist(), moved.tolist()
         for i in range(batch):
             if applies[i] and holds[i]:
                 self.certified[i], self.error_bound[i] = True, distance[i]
 
     def _judge(self) -> None:
-        if self.mass is None or self.record is None or self.record.log_lambda is None:
+        if self.mass is None:
             self.verdicts: list[Verdict] = ["uncalibrated"] * len(self.cues)
             return
         # Odds are softmax's, over the rows that were looked at: a sparse separation and a support of one row settle at
@@ -376,7 +401,8 @@ class _Recall:
                 "steps": steps[i], "converged": outcomes[i] == Outcome.CONVERGED, "outcome": OUTCOMES[outcomes[i]],
                 "energy": energies[i][: steps[i] + 1] if supports[i] else [], "margin": margins[i],
                 "beta": self.beta, "support": supports[i], "certified": self.certified[i],
-                "error_bound": self.error_bound[i],
+                "error_bound": self.error_bound[i], "compared_by": self.way.says, "kernels": self.way.kernel_ids,
+                "probability": None if self.way.probability is None else self.way.probability[i],
             }  # fmt: skip
             if self.mass is not None and self.record is not None and self.record.log_lambda is not None:
                 result["gate"] = {
@@ -402,10 +428,9 @@ def empty_result(
     }  # fmt: skip
 
 
-def _reweighted(live: LiveCollection, chosen: Mapping[str, float]) -> Blocks:
-    """The collection's blocks with the request's weights; a space it leaves out keeps its own for the later steps."""
-    weights = tuple(chosen.get(space.name, space.weight) for space in live.spaces.values())
-    return Blocks(live.blocks.widths, weights, live.similarity)
+def _reweighted(live: LiveCollection, by: Comparison, chosen: Mapping[str, float]) -> Comparison:
+    """With the request's weights; a space it leaves out keeps its own for the later steps."""
+    return by.reweighted(tuple(chosen.get(space.name, space.weight) for space in live.spaces.values()))
 
 
 @lru_cache(maxsize=1024)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NotRequired, Self
 from pydantic import (
     Field,
     JsonValue,
+    RootModel,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
@@ -36,6 +37,7 @@ from service.app.fields import (
     Vector,
 )
 from service.app.gate_schemas import CalibrationInfo, GateConfig, TargetTpr
+from service.app.kernel_schemas import KernelInUse, TrainKernel
 from service.core.separation import ALPHA_MAX, Separation, entmax
 from service.core.similarity import Similarity
 from service.encoders.corruption import Corruption
@@ -65,6 +67,7 @@ def _named_separation(value: object, check: ValidatorFunctionWrapHandler) -> obj
 
 SeparationSpec = Annotated[Literal["softmax", "sparsemax", "max"] | EntmaxSpec, WrapValidator(_named_separation)]
 Beta = Literal["auto"] | Annotated[float, Field(gt=0, le=1e6)]
+KernelChoice = Annotated[str, Field(min_length=1, max_length=80, description="auto, none, or a kernel's id")]
 Support = Literal["dense"] | Annotated[int, Field(ge=1, le=SUPPORT_MAX)]
 Weight = Annotated[float, Field(gt=0, le=1e6)]
 
@@ -105,6 +108,9 @@ class RecallDefaults(Request):
     update_steps_max: int = Field(default=3, ge=0, le=STEPS_MAX)
     step_size: float = Field(default=1.0, gt=0, le=1)
     clamp_observed: bool = False
+    kernel: Literal["auto", "none"] = Field(
+        default="auto", description="auto: by the comparison that is most probably right, cue by cue, once trained"
+    )
 
 
 def default_spaces() -> dict[str, SpaceConfig]:
@@ -153,6 +159,7 @@ class CollectionInfo(Reply):
     corruptions: list[str]
     gate: GateConfig
     calibration: CalibrationInfo
+    kernels: list[KernelInUse]
     indexing: bool = Field(description="graphs are due or being built: answers are as right meanwhile, only slower")
     bytes: dict[str, int] = Field(description="memory held by the bank, by kind")
 
@@ -256,7 +263,7 @@ class KnownCue(Request):
     id: MemoryId
 
 
-class TrainRequest(Request):
+class TrainGate(Request):
     """Calibrate again. What is supplied stays in use, also when the calibration is redone by itself; a list that is
     absent keeps what was supplied before, and an empty one forgets it.
     """
@@ -275,6 +282,10 @@ class TrainRequest(Request):
     target_tpr: TargetTpr | None = Field(default=None, description="absent: what it was")
 
 
+class TrainRequest(RootModel[Annotated[TrainGate | TrainKernel, Field(discriminator="what")]]):
+    """What to train; by `what` one of two requests."""
+
+
 class RecallOptions(Request):
     limit: int = Field(default=5, ge=1, le=LIMIT_MAX)
     spaces: dict[Name, Weight] | None = Field(default=None, description="use these spaces only, with these weights")
@@ -285,6 +296,7 @@ class RecallOptions(Request):
     update_steps_max: int | None = Field(default=None, ge=0, le=STEPS_MAX)
     step_size: float | None = Field(default=None, gt=0, le=1)
     clamp_observed: bool | None = None
+    kernel: KernelChoice | None = None
     gate: bool = True
     certify: bool = False
     reconstruct: bool = False
@@ -317,7 +329,8 @@ class Match(TypedDict):
 
 class Dynamics(TypedDict):
     """`margin`: similarity of the first candidate less the second's, before any step. `energy`: before, and after
-    each step.
+    each step. `compared_by`: the collection's similarity, or `kernel` (`kernels` names them), `neg_l2`,
+    `observed_neg_l2`; `probability`: that the first candidate is the cue's own, where `kernel: auto` chose by it.
     """
 
     steps: int
@@ -329,6 +342,9 @@ class Dynamics(TypedDict):
     support: int
     certified: bool
     error_bound: float | None
+    compared_by: str
+    kernels: list[str]
+    probability: float | None
 
 
 class GateReply(TypedDict):

@@ -207,11 +207,12 @@ class Threshold:
 
 
 def calibrate(
-    known_scores: Float[Tensor, " n"], target_tpr: float | Fraction, rows: int, log_against: float = 0.0
+    known_scores: Float[Tensor, " n"], target_tpr: float | Fraction, rows: int | None, log_against: float = 0.0
 ) -> Threshold:
     """The threshold that accepts new known cues with probability at least `target_tpr` (split conformal prediction).
 
-    known_scores: log S of n held-out cues whose memories are stored; rows: N_h, the rows of the interaction matrix;
+    known_scores: log S of n held-out cues whose memories are stored; rows: N_h, the rows of the interaction matrix,
+    or None where the scores are of distances, which know no origin;
     log_against: log(N_o + b) where the scores are boosted, so that the origin's own score is log N_h less that.
     With α = 1 - target_tpr and k = ⌊α(n+1)⌋, log λ lies just under the k-th smallest score: just under, so that ties
     with it are accepted. A float target is read as the decimal it prints as (0.9 is 9/10).
@@ -233,7 +234,7 @@ def calibrate(
     k = math.floor(miss * (n + 1))
     log_lambda = math.nextafter(known_scores.double().sort().values[k - 1].item(), -math.inf)
     at_origin = math.log(rows) - log_against if rows else -math.inf
-    if rows < 1 or log_lambda <= at_origin:
+    if rows is not None and (rows < 1 or log_lambda <= at_origin):
         less = " less that of the negatives" if log_against else ""
         raise CalibrationRefused(
             f"log λ = {log_lambda:.4g} is not over log N = {at_origin:.4g} of the interaction matrix{less}: "

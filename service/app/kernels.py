@@ -1,0 +1,205 @@
+"""Kernels: train one for a space, try it on held-out cues against what is there, and swap it in where it is better.
+
+    cues for the trial ─▶ cues to train on ─▶ train (core.kernel) ─▶ trial ─▶ kept: calibrate under it, swap │ dropped
+
+Rules:
+- The trial's cues are made apart from those trained on, and judged by the bank's own search. A kernel stays only if the
+  choice among all comparisons finds more memories with it than without; its record stays either way.
+- Nothing of a recall changes before the swap, and then all at once: kernel, choices and thresholds.
+- Cancelled or failed, a training leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from service.app.calibrate import calibrate_collection
+from service.app.comparison import ActiveKernel
+from service.app.gates import SEED
+from service.app.kernel_schemas import KernelInfo, KernelList, KernelRecord, LossPoint, TrainKernel
+from service.app.kernel_trial import MEMORIES_MIN, VALUES_MAX, make_lesson, make_trial, source_of
+from service.app.known_cues import Supplied
+from service.app.live import LiveCollection, Space
+from service.app.resources import CALIBRATE_JOB, KERNEL_JOB, Resources
+from service.core.kernel import Progress, Training, train, whitening
+from service.core.similarity import Kernel
+from service.encoders.corruption import Corruption, Target
+from service.errors import KernelNotFound, TrainingRefused, UnknownSpace
+from service.storage.jobs import Job
+from service.storage.learned import KernelPut
+
+MEMORIES_MAX = 20_000
+DIMENSION_MAX = 16_384  # W of 512 rows takes 32 MB there, and a step of training some seconds
+CURVE_POINTS_MAX = 400
+WHITENING_RIDGE = 0.1
+TARGETS: dict[str, Target] = {"image": "image", "text": "text", "vectors": "vector"}
+
+
+def enqueue_kernel(resources: Resources, live: LiveCollection, request: TrainKernel) -> str:
+    """Check a training and commit its job; its id. Raises `UnknownSpace`, `TrainingRefused`."""
+    space = _space(live, request)
+    if live.similarity != "cosine":
+        raise TrainingRefused(f"a kernel compares directions; {live.name} compares by {live.similarity}")
+    if space.dimension > DIMENSION_MAX:
+        raise TrainingRefused(
+            f"space {space.name} has {space.dimension} values; a kernel takes at most {DIMENSION_MAX}"
+        )
+    _corruptions(live, space, request)
+    payload = {"kernel": request.model_copy(update={"space": space.name}).model_dump(mode="json")}
+    return resources.enqueue(KERNEL_JOB, live.id, payload=payload)[0]
+
+
+def run_kernel_job(resources: Resources, job: Job, beat: Callable[[float], None]) -> dict[str, Any]:
+    """Train, try, and keep or drop. Raises `TrainingRefused` where there is too little to train on."""
+    assert job.collection_id is not None
+    live = resources.live_by_id(job.collection_id)
+    request = TrainKernel.model_validate(job.payload["kernel"])
+    space = _space(live, request)
+    kinds = _corruptions(live, space, request)
+    view = live.bank.view()
+    rows = view.sample(min(MEMORIES_MAX, VALUES_MAX // space.dimension), SEED)
+    rows = rows[~view.lacking([space.name], rows)]
+    if len(rows) < MEMORIES_MIN:
+        raise TrainingRefused(
+            f"a kernel needs n >= {MEMORIES_MIN} memories that fill the space {space.name}, has {len(rows)}"
+        )
+    trial = make_trial(resources, live, view, space, kinds, rows, lambda share: beat(0.1 * share))
+    if request.objective == "cues" and not len(trial.own):
+        raise TrainingRefused(f"no cue for the space {space.name} could be made: its memories have no originals")
+    before = trial.evidence(live, view, {name: active.kernel for name, active in live.learned.kernels.items()})
+    lesson = make_lesson(
+        resources, live, view, space, request, kinds, rows, trial, before, lambda share: beat(0.1 + 0.2 * share)
+    )
+    course = _Course(request.time_limit_s, request.steps_max, lambda share: beat(0.3 + 0.5 * share))
+    training = Training(
+        objective=request.objective, start=request.start, steps_max=request.steps_max, batch=request.batch,
+        learning_rate=request.learning_rate, seed=request.seed,
+    )  # fmt: skip
+    last = course.follow(train(lesson.patterns, training, lesson.draw))
+    kernel = Kernel(last.weight)
+    kernels = {name: active.kernel for name, active in live.learned.kernels.items()} | {space.name: kernel}
+    white = Kernel(whitening(lesson.patterns, WHITENING_RIDGE))
+    with _tried(live, space, kernel), _tried(live, space, white):
+        after_view = live.bank.view()
+        after = trial.evidence(live, after_view, kernels)
+        table, gained = trial.judge(before, after, trial.alone(live, after_view, space, white))
+        record = KernelRecord(
+            space=space.name, objective=request.objective, start=request.start, memories=len(lesson.patterns),
+            cues=lesson.cues, corruptions=[kind.describe() for kind in kinds], steps=last.step,
+            best_step=last.best_step, stopped=course.stopped, seconds=round(course.seconds, 1), curve=course.curve(),
+            trial=table, kept=gained > 0, why=trial.why(gained),
+        )  # fmt: skip
+        if gained > 0:
+            _swap_in(resources, live, kernel, kernels, record, lambda share: beat(0.8 + 0.2 * share))
+        else:
+            resources.repository.put_kernel(
+                live.id, space.name, request.objective, last.weight.numpy(), record.model_dump(mode="json"), False
+            )
+    return record.model_dump(mode="json")
+
+
+def listed(resources: Resources, live: LiveCollection) -> KernelList:
+    """Every kernel on record, by space and number."""
+    infos = [
+        KernelInfo(
+            id=f"{stored.space}-{stored.number}", space=stored.space, status=stored.status, rank=stored.rows,
+            dimension=stored.dimension, created_at=stored.created_at.isoformat(),
+            record=KernelRecord.model_validate(stored.record),
+        )
+        for stored in resources.repository.get_kernels(live.id)
+    ]  # fmt: skip
+    return KernelList(kernels=infos)
+
+
+def retire(resources: Resources, live: LiveCollection, kernel_id: str) -> None:
+    """Go on without a kernel: cues are compared as they were before it. Raises `KernelNotFound`."""
+    active = live.learned.by_id(kernel_id)
+    if active is None:
+        raise KernelNotFound(f"no kernel {kernel_id} is active in {live.name}")
+
+    with live.learning:
+        resources.repository.retire_kernel(
+            live.id, active.space, then=lambda version: live.without_kernel(active.space, version)
+        )
+    if live.learned.kernels:
+        resources.enqueue(CALIBRATE_JOB, live.id)  # modalities with another space's kernel choose anew
+
+
+def _swap_in(
+    resources: Resources, live: LiveCollection, kernel: Kernel, kernels: Mapping[str, Kernel], record: KernelRecord,
+    progress: Callable[[float], None],
+) -> None:  # fmt: skip
+    with live.learning:  # no calibration under the former kernels may end after the swap
+        calibration = calibrate_collection(live, resources, kernels, progress, Supplied.before(live))
+
+        def then(put: KernelPut) -> None:
+            active = dict(live.learned.kernels) | {record.space: ActiveKernel(record.space, put.number, kernel)}
+            live.bank.write(None, [], put.version)
+            calibration.learned(live, active)
+
+        resources.repository.put_kernel(
+            live.id, record.space, record.objective, kernel.weight.numpy(), record.model_dump(mode="json"), True,
+            gates=calibration.packed(), then=then,
+        )  # fmt: skip
+
+
+@contextmanager
+def _tried(live: LiveCollection, space: Space, kernel: Kernel) -> Iterator[None]:
+    """The bank knows the kernel meanwhile; and afterwards, if it has become active."""
+    live.bank.add_kernel(space.name, kernel)
+    try:
+        yield
+    finally:
+        if all(active.kernel is not kernel for active in live.learned.kernels.values()):
+            live.bank.drop_kernel(kernel)
+
+
+def _space(live: LiveCollection, request: TrainKernel) -> Space:
+    name = request.space or next(iter(live.spaces))
+    if name not in live.spaces:
+        raise UnknownSpace(f"collection {live.name} has no space {name}; it has {', '.join(live.spaces)}")
+    return live.spaces[name]
+
+
+def _corruptions(live: LiveCollection, space: Space, request: TrainKernel) -> list[Corruption]:
+    """Those that apply to what the space is made from."""
+    kinds = request.corruptions or live.corruptions
+    applying = [kind for kind in kinds if TARGETS[source_of(space)] in kind.applies_to]
+    if not applying:
+        names = ", ".join(kind.kind for kind in kinds)
+        raise TrainingRefused(
+            f"space {space.name} is made from {source_of(space)}, and none of {names} applies to these"
+        )
+    return applying
+
+
+class _Course:
+    """A training as it goes: the time it may take, and its curve."""
+
+    def __init__(self, time_limit_s: float, steps_max: int, progress: Callable[[float], None]) -> None:
+        self._limit, self._steps, self._progress = time_limit_s, steps_max, progress
+        self._points: list[LossPoint] = []
+        self.stopped: Literal["steps", "patience", "time"] = "patience"
+        self.seconds = 0.0
+
+    def follow(self, evaluations: Iterator[Progress]) -> Progress:
+        began = time.monotonic()
+        for evaluation in evaluations:
+            loss = None if evaluation.step == 0 else evaluation.loss
+            self._points.append(LossPoint(step=evaluation.step, loss=loss, held_out=evaluation.held_out))
+            self.seconds = time.monotonic() - began
+            self._progress(min(1.0, max(self.seconds / self._limit, evaluation.step / self._steps)))
+            if evaluation.step == self._steps:
+                self.stopped = "steps"
+            elif self.seconds > self._limit:
+                self.stopped = "time"
+                break
+        return evaluation
+
+    def curve(self) -> list[LossPoint]:
+        """The points, evenly thinned to `CURVE_POINTS_MAX`, the last one among them."""
+        every = -(-len(self._points) // CURVE_POINTS_MAX)
+        return self._points[::-1][::every][::-1]
