@@ -32,6 +32,7 @@ from typing import Literal, get_args
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional
 from typing_extensions import TypeIs
 
 from service.errors import InvalidRequest
@@ -146,7 +147,7 @@ def separate(
     weights: Tensor
     match kind:
         case "softmax":
-            weights = torch.softmax(z, dim=-1)
+            weights = _softmax(z)
         case "sparsemax":
             weights = _sparsemax(z)
         case "max":
@@ -222,6 +223,18 @@ def _head(z: Float[Tensor, "*batch rows"], reach: float) -> Float[Tensor, "*batc
         if count < rows // 4:
             return z.topk(max(count, 1), dim=-1).values.double()
     return z.sort(dim=-1, descending=True).values.double()
+
+
+def _softmax(z: Float[Tensor, "*batch rows"]) -> Float[Tensor, "*batch rows"]:
+    """exp z / Σ exp z, with weight 0 for rows so far down that theirs would be subnormal numbers.
+
+    A processor takes a hundred times as long over each of those: with half of the weights subnormal, Ξᵀp took 4.1 s
+    instead of 0.05 (64 cues, 100,000 patterns). What is left out adds up to less than 1e-23 even over a million rows.
+    """
+    # e^17 rows may share the sum before a weight that is kept falls under the smallest normal number.
+    lowest = math.log(torch.finfo(z.dtype).tiny) + 17.0
+    shifted = _shifted(z)
+    return torch.softmax(functional.threshold(shifted, lowest, -torch.inf, inplace=not shifted.requires_grad), dim=-1)
 
 
 def _sparsemax(z: Float[Tensor, "*batch rows"]) -> Float[Tensor, "*batch rows"]:

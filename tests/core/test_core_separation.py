@@ -319,3 +319,14 @@ def test_separations_have_names_values_and_bounds() -> None:
         KSubsets(0)
     with pytest.raises(InvalidRequest, match="α of entmax"):
         entmax_of(0.9)
+
+
+@DTYPES
+@given(seeds, st.integers(1, 300), st.sampled_from((1.0, 30.0, 100.0, 1e3)))
+def test_softmax_has_no_subnormal_weight_and_loses_nothing_to_that(
+    dtype: torch.dtype, tolerance: float, seed: int, rows: int, scale: float
+) -> None:
+    z = logits(seed, rows, scale, dtype)
+    p = separate("softmax", z)
+    assert not ((p > 0) & (p < torch.finfo(dtype).tiny)).any()
+    torch.testing.assert_close(p, torch.softmax(z, -1), rtol=tolerance, atol=1e-30)
