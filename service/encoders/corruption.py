@@ -46,7 +46,9 @@ class _Corruption(BaseModel):
 
 
 class Noise(_Corruption):
-    """Gaussian noise on every channel; `sigma` in units of the whole range (0 to 1)."""
+    """Gaussian noise on every channel, the same on all of a grey picture's; `sigma` in units of the whole range (0 to
+    1).
+    """
 
     kind: Literal["noise"] = "noise"
     sigma: float = Field(0.1, gt=0.0, le=1.0)
@@ -149,7 +151,10 @@ def corrupt_picture(picture: Picture, corruption: Corruption, rng: np.random.Gen
     height, width = pixels.shape[:2]
     match corruption:
         case Noise(sigma=sigma):
-            noisy = pixels + rng.normal(0.0, 255.0 * sigma, pixels.shape).astype(np.float32)
+            # Noise of a grey file is grey: drawn apart per channel, two thirds of it would go in the mean.
+            grey = bool((pixels == pixels[..., :1]).all())
+            shape = (height, width, 1) if grey else pixels.shape
+            noisy = pixels + rng.normal(0.0, 255.0 * sigma, shape).astype(np.float32)
             pixels = np.rint(noisy.clip(0, 255)).astype(np.uint8)
         case Blur(sigma=sigma):
             blurred = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(sigma * min(height, width)))

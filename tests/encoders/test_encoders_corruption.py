@@ -261,3 +261,14 @@ def test_the_defaults_reach_every_source_and_are_printed() -> None:
     lines = [corruption.describe() for corruption in DEFAULT_CORRUPTIONS]
     assert lines[:3] == ["noise (sigma 0.1)", "blur (sigma 0.02)", "brightness (factor 0.8)"]
     assert "missing_side (side random, share 0.25)" in lines
+
+
+def test_noise_of_a_grey_picture_is_grey() -> None:
+    grey = np.full((40, 50, 3), 128, dtype=np.uint8)
+    pixels = corrupt_picture(Picture(grey), Noise(sigma=0.1), np.random.default_rng(0)).pixels
+    assert (pixels == pixels[..., :1]).all()
+    assert 0.09 < (pixels / 255.0).std() < 0.11
+    colour = grey.copy()
+    colour[0, 0, 0] = 0
+    pixels = corrupt_picture(Picture(colour), Noise(sigma=0.1), np.random.default_rng(0)).pixels
+    assert (pixels != pixels[..., :1]).any()
