@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,8 +51,6 @@ MODELS = {
     "linear": Association(features="linear"),
     "random features": Association(features=RandomFeatures(FEATURES)),
 }
-
-MARKERS = "osv^<>DXP*"
 
 # A recall succeeds when ‖x' - ξ‖² is at most this share of ‖ξ‖² (the paper's 20%).
 ERROR_MAX = 0.2
@@ -259,10 +258,7 @@ def _curves(
         for row, (measured, ends, label) in enumerate(rows):
             drawn: Axes = axes[row][column]
             for index, (name, cells) in enumerate(measured[setting].items()):
-                means = [statistics.fmean(cell) for cell in cells]
-                drawn.plot(
-                    ends, means, label=name, color=f"C{index}", marker=MARKERS[index], markersize=4, linewidth=1.2
-                )
+                drawn.plot(ends, [statistics.fmean(cell) for cell in cells], label=name, **_style(index))
             drawn.set_xlabel(label)
             drawn.set_ylim(-0.03, 1.03)
             drawn.grid(alpha=0.3)
@@ -273,6 +269,11 @@ def _curves(
     figure.legend(handles, labels, loc="lower center", ncol=5, frameon=False)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
     return figure
+
+
+def _style(index: int) -> dict[str, Any]:
+    """Dense, sparse and the tops often coincide: thinner lies on thicker, so that all are seen."""
+    return {"color": f"C{index}", "linewidth": max(9.0 - 2.0 * index, 1.5)}
 
 
 def _findings(found: dict[str, dict[str, list[list[float]]]], noise: dict[str, dict[str, list[list[float]]]]) -> str:
@@ -305,10 +306,10 @@ def efficiency(report: Report, plan: Plan) -> None:
     for name, model in MODELS.items():
         if model.features is not None and model.features != "linear":
             model = replace(model, features=RandomFeatures(TIMED_FEATURES))
+        report.progress(f"time: {name}")
         layer = Hopfield(TIMED_WIDTH, association=model).eval()
         seconds[name], operations[name] = [], []
         for length in plan.lengths:
-            report.progress(f"time: {name}, length {length}")
             x = torch.randn(TIMED_BATCH, length, TIMED_WIDTH, generator=torch.Generator().manual_seed(length))
             with torch.no_grad():
                 with FlopCounterMode(display=False) as counter:
@@ -328,6 +329,13 @@ def efficiency(report: Report, plan: Plan) -> None:
     report.table(
         headers, [[n, *(v / 1e6 for v in values)] for n, values in operations.items()], "Million operations", 1
     )
+    report.figure(
+        "efficiency", _growth(plan.lengths, seconds, operations), "A forward pass against the length of the sequence"
+    )
+    report.text("Slope of the last doubling (1 is linear, 2 quadratic): " + _slopes(plan.lengths, seconds, operations))
+
+
+def _growth(lengths: Sequence[int], seconds: dict[str, list[float]], operations: dict[str, list[float]]) -> Figure:
     figure = Figure(figsize=(9.6, 4.0))
     for axis, (title, measured, unit) in zip(
         figure.subplots(1, 2),
@@ -335,15 +343,17 @@ def efficiency(report: Report, plan: Plan) -> None:
         strict=True,
     ):
         for index, (name, values) in enumerate(measured.items()):
-            axis.loglog(plan.lengths, values, marker=MARKERS[index], markersize=4, linewidth=1.2, label=name)
+            axis.plot(lengths, values, label=name, **_style(index))
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(lengths, [str(length) for length in lengths])
         axis.set_xlabel("length")
         axis.set_ylabel(unit)
         axis.set_title(title)
         axis.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=7, frameon=False)
     figure.tight_layout()
-    report.figure("efficiency", figure, "A forward pass against the length of the sequence")
-    report.text("Slope of the last doubling (1 is linear, 2 quadratic): " + _slopes(plan.lengths, seconds, operations))
+    return figure
 
 
 def _slopes(lengths: Sequence[int], *measured: dict[str, list[float]]) -> str:

@@ -203,8 +203,8 @@ def multiple_instances(report: Report, digits: Images, models: dict[str, Associa
         f"digits ({digits.source}) of 14×14; embedding to {WIDTH}, pooling with {HEADS} heads and {QUANTITY} states, "
         f"AdamW for {plan.epochs} epochs, the last one's accuracy. `mean` and `gated attention` (Ilse et al. 2018) in "
         f"place of a Hopfield pooling. β is {PAPER_SCALING:g}, the paper's, unless said; random features: {FEATURES}. "
-        "Windows are left out, as in the paper: two states have no places in a bag. Seeds: "
-        f"{', '.join(map(str, plan.seeds))}."
+        "Windows are left out, as in the paper: two states have no places in a bag. Top 20% of a bag of 5 is one row. "
+        f"Seeds: {', '.join(map(str, plan.seeds))}."
     )
     headers = ["pooling", *(f"bags of {bag}" for bag in plan.sizes), f"seconds, bags of {plan.sizes[-1]}"]
     rows: list[list[Cell]] = [
