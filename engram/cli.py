@@ -34,11 +34,20 @@ from rich.progress import (
 from rich.table import Table
 
 from engram import diagnose as diagnosis
+from engram import training
 from engram.client import Client, Collection
 from engram.files import ENDINGS, caption_of, find_pictures, read_captions
 from engram.replies import CollectionInfo, Recall, StoreReply
 from service import settings
-from service.errors import CollectionNotFound, EngramError, InvalidRequest, NotFound, NotWritable, Unavailable
+from service.errors import (
+    CollectionNotFound,
+    EngramError,
+    InvalidRequest,
+    NotFound,
+    NotWritable,
+    TrainingRefused,
+    Unavailable,
+)
 from service.storage.folder import read_owner
 
 if TYPE_CHECKING:
@@ -190,6 +199,32 @@ def diagnose(
         sys.stdout.write(diagnosis.as_json(found) + "\n")
     else:
         diagnosis.show(out, collection, found)
+
+
+@app.command()
+def train(
+    what: Annotated[str, typer.Argument(help="kernel, or gate (the calibration of verdicts).")] = "kernel",
+    collection: Name = "memories",
+    space: Annotated[str | None, typer.Option(help="The space a kernel is for; default: the first.")] = None,
+    objective: Annotated[str, typer.Option(help="cues, separation or separation_plus.")] = "cues",
+    time_limit_s: Annotated[float, typer.Option("--time-limit", help="Seconds a kernel may train.")] = 300,
+    data: Data = None,
+    url: Url = None,
+) -> None:
+    """Train a kernel on a collection's own memories, or calibrate its gate again."""
+    options: dict[str, Any] = {}
+    if what == "kernel":
+        options = {"space": space, "objective": objective, "time_limit_s": time_limit_s}
+    with _client(data, url, must_exist=True) as client:
+        started = client.collection(collection).train(what, **options)
+        operation = training.follow(out, client, started, what)
+    if operation.status != "done" or operation.result is None:
+        error = operation.error
+        raise TrainingRefused(f"the training is {operation.status}" if error is None else error.detail)
+    if what == "kernel":
+        training.show_kernel(out, operation.result)
+    else:
+        out.print(f"Calibrated {len(operation.result['modalities'])} kinds of cue.")
 
 
 @app.command()

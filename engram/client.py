@@ -89,6 +89,10 @@ class Client:
     def operation(self, operation_id: str) -> Operation:
         return Operation.of(self._transport.get_operation(operation_id))
 
+    def cancel(self, operation_id: str) -> Operation:
+        """End an operation that is queued or running; what it has done so far is kept. Raises `Conflict`."""
+        return Operation.of(self._transport.cancel_operation(operation_id))
+
     def close(self) -> None:
         self._transport.close()
 

@@ -81,6 +81,9 @@ class LocalTransport:
     def count(self, name: str) -> int:
         return self._engine.count(name).count
 
+    def cancel_operation(self, operation_id: str) -> Body:
+        return _body(self._engine.cancel(operation_id))
+
     def get_operation(self, operation_id: str) -> Body:
         return _body(self._engine.operation(operation_id))
 

@@ -41,6 +41,7 @@ class Transport(Protocol):
     def delete_memories(self, name: str, ids: Sequence[str]) -> Body: ...
     def count(self, name: str) -> int: ...
     def get_operation(self, operation_id: str) -> Body: ...
+    def cancel_operation(self, operation_id: str) -> Body: ...
     def close(self) -> None: ...
 
 
@@ -95,6 +96,9 @@ class HttpTransport:
 
     def count(self, name: str) -> int:
         return int(self._json("POST", _path("collections", name, "memories", "count"), {})["count"])
+
+    def cancel_operation(self, operation_id: str) -> Body:
+        return self._json("DELETE", _path("operations", operation_id))
 
     def get_operation(self, operation_id: str) -> Body:
         return self._json("GET", _path("operations", operation_id))
