@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from service.core.certificate import softmax_bound
-from service.core.separation import Separation, exact_recall_margin, separate
+from service.core.separation import KSubsets, Separation, abstains, exact_recall_margin, named, separate
 from service.core.similarity import Blocks, overlaps, self_similarity
 from service.core.update import association
 from service.errors import InvalidRequest
@@ -158,13 +158,13 @@ def fixed_points(
 
     Sparse separations: β Δ_μ ≥ m, exactly (`exact_recall_margin`). softmax: ‖T(ξ_μ) - ξ_μ‖ ≤ `FIXED_ERROR` · norm_max,
     with rows of the support beyond the kept neighbours counted at their bound (`softmax_bound`), so that none is called
-    fixed that is not. Raises InvalidRequest for a separation that is neither.
+    fixed that is not. Raises InvalidRequest for separations that abstain and k-subsets.
     """
     exact = exact_recall_margin(separation)
+    if abstains(separation) or isinstance(separation, KSubsets):
+        raise InvalidRequest(f"fixed points under {named(separation)} are not told by the margins kept here")
     if exact is not None:
         return (found.margins > 0) & (found.margins * beta >= exact)
-    if separation != "softmax":
-        raise InvalidRequest(f"fixed points under {separation} are not defined by a margin or a step of softmax")
     scores = torch.cat([found.own.unsqueeze(-1), found.scores], 1)
     rows = torch.cat([found.rows.unsqueeze(-1), found.others], 1)
     scores, order = scores.topk(min(support, scores.shape[1]))

@@ -52,6 +52,9 @@ _FLOOR = -2.0
 # From so many rows on, counting those that can have weight and sorting them alone is faster than sorting all.
 _HEAD_ROWS = 4_096
 
+# Logits whose weights are worked out at once: 4 MB of float32, which caches hold and malloc keeps.
+_CACHED_VALUES = 2**20
+
 # Every step of Newton's that does not halve the error is followed by a bisection, so 40 halvings of an error of at most
 # log(rows) and 60 of the interval are more than enough; 5 to 15 steps are usual. The last step squares the error.
 _ROOT_STEPS_MAX = 128
@@ -233,8 +236,14 @@ def _softmax(z: Float[Tensor, "*batch rows"]) -> Float[Tensor, "*batch rows"]:
     """
     # e^17 rows may share the sum before a weight that is kept falls under the smallest normal number.
     lowest = math.log(torch.finfo(z.dtype).tiny) + 17.0
-    shifted = _shifted(z)
-    return torch.softmax(functional.threshold(shifted, lowest, -torch.inf, inplace=not shifted.requires_grad), dim=-1)
+    if z.requires_grad or z.numel() <= _CACHED_VALUES:
+        return torch.softmax(functional.threshold(_shifted(z), lowest, -torch.inf), dim=-1)
+    weights = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    flat, into = z.reshape(-1, z.shape[-1]), weights.view(-1, z.shape[-1])
+    step = max(1, _CACHED_VALUES // z.shape[-1])
+    for some, given in zip(torch.split(flat, step), torch.split(into, step), strict=True):
+        torch.softmax(functional.threshold(_shifted(some), lowest, -torch.inf, inplace=True), dim=-1, out=given)
+    return weights
 
 
 def _sparsemax(z: Float[Tensor, "*batch rows"]) -> Float[Tensor, "*batch rows"]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from service.core import diagnostics
 from service.core.diagnostics import Gather, capacity, fixed_points, nearest, needed_margin, relative_rank
 from service.core.retrieve import retrieve
+from service.core.separation import Entmax, KSubsets, Polynomial, Separation
 from service.core.similarity import Blocks, Kernel, normalise_rows, overlaps
 from service.errors import InvalidRequest
 
@@ -121,8 +122,8 @@ def test_rows_beyond_the_neighbours_count_at_their_bound(seed: int, beta: float,
     assert not (claimed & ~truly).any()
 
 
-@given(seeds, st.sampled_from(("softmax", "sparsemax")), st.floats(5.0, 500.0), st.integers(2, 30))
-def test_the_needed_margin_makes_fixed_points(seed: int, separation: str, beta: float, support: int) -> None:
+@given(seeds, st.sampled_from(("softmax", "sparsemax", Entmax(1.5))), st.floats(5.0, 500.0), st.integers(2, 30))
+def test_the_needed_margin_makes_fixed_points(seed: int, separation: Separation, beta: float, support: int) -> None:
     blocks = layout("cosine")
     stored = normalise_rows(drawn(seed, 30), blocks)
     rows = torch.arange(30)
@@ -132,8 +133,16 @@ def test_the_needed_margin_makes_fixed_points(seed: int, separation: str, beta: 
     )
     wide = found.margins >= needed_margin(separation, beta, support) + 1e-12
     assert fixed[wide].all()
-    if separation == "sparsemax":  # there the margin is necessary too
+    if separation != "softmax":  # there the margin is necessary too
         assert not fixed[found.margins < needed_margin(separation, beta, support) - 1e-12].any()
+
+
+@pytest.mark.parametrize("separation", ["lsr", KSubsets(2), Polynomial(3)])
+def test_fixed_points_that_margins_do_not_tell_are_refused(separation: Separation) -> None:
+    stored, rows, blocks = torch.eye(3), torch.arange(3), Blocks((3,), (1.0,))
+    found = nearest(blocks, gathered(stored), rows, rows)
+    with pytest.raises(InvalidRequest, match="fixed points under"):
+        fixed_points(blocks, gathered(stored), found, beta=1.0, separation=separation, support=3, norm_max=1.0)
 
 
 def test_an_empty_sample_is_refused() -> None:

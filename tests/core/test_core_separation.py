@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch import Tensor
 
+from service.core import separation
 from service.core.separation import (
     ALPHA_MAX,
     DEGREE_MAX,
@@ -330,3 +331,12 @@ def test_softmax_has_no_subnormal_weight_and_loses_nothing_to_that(
     p = separate("softmax", z)
     assert not ((p > 0) & (p < torch.finfo(dtype).tiny)).any()
     torch.testing.assert_close(p, torch.softmax(z, -1), rtol=tolerance, atol=1e-30)
+
+
+@given(seeds, st.integers(1, 9), st.integers(1, 30), st.integers(1, 100), st.booleans())
+def test_softmax_in_parts_is_softmax(seed: int, outer: int, batch: int, rows: int, transposed: bool) -> None:
+    z = torch.randn(outer, batch, rows, generator=torch.Generator().manual_seed(seed)) * 5
+    z = z.transpose(0, 1) if transposed else z
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(separation, "_CACHED_VALUES", 64)
+        torch.testing.assert_close(separate("softmax", z), torch.softmax(z, -1))
