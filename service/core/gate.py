@@ -32,6 +32,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from service.core.separation import separate
 from service.errors import CalibrationRefused, InvalidRequest
 
 # Lloyd's iterations nearly always stop changing well before this; the bound keeps a calibration job's time
@@ -66,7 +67,7 @@ def gated_step(
     2).
     """
     scores = state @ patterns.T
-    target = torch.softmax(scores * beta, dim=-1) @ patterns
+    target = separate("softmax", scores * beta) @ patterns
     accepted = log_mass(scores, beta) > log_lambda
     return target.masked_fill(~accepted.unsqueeze(-1), 0.0)
 
