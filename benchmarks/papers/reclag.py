@@ -233,6 +233,16 @@ def _over_steps(report: Report, outcomes: Sequence[Outcome]) -> None:
         "What becomes of a cue, in percent",
         digits=1,
     )
+    falling = {
+        name: fmean(100 * one.rejected[0][1] for outcome in outcomes if (one := outcome.steps[name]).rejected)
+        for name in outcomes[0].steps
+        if any(outcome.steps[name].rejected for outcome in outcomes)
+    }
+    after = ", ".join(f"{share:.1f}% ({name})" for name, share in falling.items())
+    report.text(
+        f"Of the known, fallen after step 0: {after}. A β that is best for the gate may be too low for recall, which "
+        "then averages many memories: the gate judges the cue, at its own β, and recall runs at another."
+    )
     for name in outcomes[0].steps:
         for seed, outcome in zip(report.seeds, outcomes, strict=True):
             if isinstance(why := outcome.steps[name].log_lambda, str):

@@ -101,8 +101,8 @@ class Report:
 
 
 def formatted(cell: Cell, digits: int = 3) -> str:
-    """A cell as the tables print it: text as it is, whole numbers with commas, floats with `digits` decimals (in powers
-    of ten where that shows nothing), several as mean ± standard deviation, nothing and NaN as a dash.
+    """A cell as the tables print it: text as it is, whole numbers with commas, floats with `digits` decimals (one alone
+    in powers of ten where that shows nothing), several as mean ± standard deviation, nothing and NaN as a dash.
     """
     match cell:
         case None:
@@ -116,8 +116,10 @@ def formatted(cell: Cell, digits: int = 3) -> str:
     values = [float(value) for value in cell]
     if not values:
         return "–"
-    mean = _float(statistics.fmean(values), digits)
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):,.{digits}f}"
+    mean = statistics.fmean(values)
+    if len(values) == 1 or not math.isfinite(mean):
+        return _float(mean, digits)
+    return f"{mean:,.{digits}f} ± {statistics.stdev(values):,.{digits}f}"
 
 
 def _float(value: float, digits: int) -> str:
