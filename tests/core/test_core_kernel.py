@@ -151,10 +151,11 @@ def test_a_score_under_a_kernel_is_the_cosine_of_the_images(
     assert torch.allclose(found.double()[clear], wanted[clear], atol=1e-3 if dtype == torch.float32 else 1e-10)
 
 
-@given(st.integers(0, 2**31), st.integers(1, 10))
-def test_the_identity_is_cosine(seed: int, d: int) -> None:
-    x, cue = drawn(seed, 6, d), drawn(seed + 1, 4, d)
-    plain, under = Blocks((d,), (1.0,)), Blocks((d,), (1.0,), kernels=(Kernel(torch.eye(d)),))
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(seed=st.integers(0, 2**31), d=st.integers(1, 10))
+def test_the_identity_is_cosine(dtype: torch.dtype, seed: int, d: int) -> None:
+    x, cue = drawn(seed, 6, d, dtype=dtype), drawn(seed + 1, 4, d, dtype=dtype)
+    plain, under = Blocks((d,), (1.0,)), Blocks((d,), (1.0,), kernels=(Kernel(torch.eye(d, dtype=dtype)),))
     left = retrieve(plain, normalise_rows(x, plain), cue, beta=5.0)
     right = retrieve(under, normalise_rows(x, under), cue, beta=5.0)
     assert torch.allclose(left.weights, right.weights, atol=1e-5)
