@@ -86,7 +86,7 @@ Wu et al., "Uniform Memory Retrieval with Larger Capacity for Modern Hopfield Mo
   averaged over the cues; mean ± standard deviation over the seeds. *Identity share*: the cues whose heaviest memory is
   their own.
 - One step, as in the paper: the weights at the cue, read out over the stored images. All scores, weights and steps are
-  the engine's own (`service.core.retrieve`); ±L2 and ±Manhattan scores alone are made here.
+  the engine's own (`service.core`); the scores of ±L2, ±Manhattan and *as printed* alone are made here.
 - *U-Hop*: Algorithm 1, Stage I: 100 iterations of gradient descent of step 1 from the identity on the separation loss
   (t = 2) of all stored patterns. *as printed*: compared by ⟨Wξ, Wx⟩ with W's rows made unit. Else by
   ⟨Wξ, Wx⟩/(‖Wξ‖‖Wx‖): with scores of at most 1, β = 1 is the mean of many images, so the paper's β = 1, whose features
@@ -225,7 +225,7 @@ def _iteration_words(found: Findings) -> str:
             ("and where the right half is missing", "unit_half"),
         )
     ]
-    return f"From {first} to {last} iterations from the identity, {', '.join(changes)}."
+    return f"From {first} to {last} iterations from the identity: {', '.join(changes)}."
 
 
 def _correlations(report: Report, findings: list[Findings]) -> None:
@@ -252,9 +252,7 @@ def _compared_words(name: str, mine: float, other: str, theirs: float) -> str:
     if round(mine, 2) == round(theirs, 2):
         return f"To two decimals {name} and {other} are equal: training gains nothing here."
     if mine < theirs:
-        return (
-            f"So {name} beats {other} here: the gain over the paper's baselines comes of normalising, not of training."
-        )
+        return f"So {name} beats {other} here: what unit features gain comes of normalising, not of training."
     return f"So {other} beats {name} here."
 
 
