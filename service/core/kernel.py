@@ -278,16 +278,19 @@ def _directions(patterns: Float[Tensor, "n d"]) -> tuple[Float[Tensor, " r"], Fl
     Randomness", 2011, algorithm 4.4).
     """
     rows, dimension = patterns.shape
-    wide = patterns.to(torch.promote_types(patterns.dtype, torch.float32))
+    kept_as = torch.promote_types(patterns.dtype, torch.float32)
     if dimension <= FULL_RANK_DIMENSION:
-        values, vectors = torch.linalg.eigh(wide.T @ wide / rows)
-        return values.flip(0).clamp_min(0.0), vectors.T.flip(0).contiguous()
+        # In float64: in float32 the eigenvalues of few patterns, most of them 0, often do not converge.
+        values, vectors = torch.linalg.eigh(patterns.double().T @ patterns.double() / rows)
+        return values.flip(0).clamp_min(0.0).to(kept_as), vectors.T.flip(0).contiguous().to(kept_as)
+    wide = patterns.to(kept_as)
     count = min(RANK_MAX, rows)
     drawn = torch.Generator().manual_seed(0)
     basis = torch.randn(dimension, min(count + OVERSAMPLING, dimension), generator=drawn, dtype=wide.dtype)
     basis = basis.to(wide.device)
     for _ in range(SUBSPACE_ITERATIONS):
         basis = torch.linalg.qr(wide.T @ (wide @ basis)).Q
-    image = wide @ basis
+    image = (wide @ basis).double()
     values, vectors = torch.linalg.eigh(image.T @ image / rows)
-    return values[-count:].flip(0).clamp_min(0.0), (basis @ vectors[:, -count:].flip(1)).T.contiguous()
+    leading = vectors[:, -count:].flip(1).to(kept_as)
+    return values[-count:].flip(0).clamp_min(0.0).to(kept_as), (basis @ leading).T.contiguous()
