@@ -54,10 +54,10 @@ def test_whitening_makes_the_second_moments_even(seed: int, n: int, d: int) -> N
     assert torch.allclose(moments, torch.eye(d, dtype=torch.float64) * moments[0, 0], atol=1e-5 * float(moments[0, 0]))
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(3))
 def test_few_patterns_of_many_zeros_are_whitened(seed: int) -> None:
-    """As ten digits of 784 pixels: most directions are empty, and in float32 their eigenvalues do not converge."""
-    x = drawn(seed, 10, 784).clamp_min(0.0) * (drawn(seed + 1, 10, 784) > 1.0)
+    """As ten digits with an empty frame: most directions are empty, and in float32 their eigenvalues do not converge."""
+    x = drawn(seed, 10, 784).abs() * (drawn(seed + 1, 1, 784) > 0.8)
     assert starting(x / x.norm(dim=1, keepdim=True), "whitening").isfinite().all()
 
 
