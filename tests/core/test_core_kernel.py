@@ -56,7 +56,7 @@ def test_whitening_makes_the_second_moments_even(seed: int, n: int, d: int) -> N
 
 @pytest.mark.parametrize("seed", range(3))
 def test_few_patterns_of_many_zeros_are_whitened(seed: int) -> None:
-    """As ten digits with an empty frame: most directions are empty, and in float32 their eigenvalues do not converge."""
+    """As ten digits with an empty frame: in float32 the eigenvalues of their empty directions do not converge."""
     x = drawn(seed, 10, 784).abs() * (drawn(seed + 1, 1, 784) > 0.8)
     assert starting(x / x.norm(dim=1, keepdim=True), "whitening").isfinite().all()
 
