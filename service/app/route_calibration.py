@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -13,8 +14,6 @@ from service.app.gates import SEED, SUPPORT, Gate
 from service.app.known_cues import KnownCues
 from service.app.live import LiveCollection
 from service.app.routes import (
-    PICKED_MIN,
-    PICKED_SHARE_MIN,
     Evidence,
     Route,
     fit_choice,
@@ -28,6 +27,7 @@ from service.core.similarity import Kernel
 from service.errors import CalibrationRefused
 
 MARGIN_SHARE = 0.95  # as in calibrate.py
+SCORE_ERROR = 1e-6  # float32 rounding of a cosine over some thousand values, or of a distance as a share of ‖ξ‖²
 
 
 def calibrate_route(
@@ -41,13 +41,14 @@ def calibrate_route(
     """
     cue = drawn.cues
     among = comparisons(live, kernels, tuple(cue), modality.endswith(":masked"))
-    if len(among) == 1 or len(drawn.owners) < 2 * PICKED_MIN or view.count < 2:
+    # Twice the cues that a threshold needs: of the other half about as many will choose the same.
+    picked_min = 2 * math.ceil(1.0 / (1.0 - gate.record.target_tpr) - 1.0)
+    if len(among) == 1 or len(drawn.owners) < 2 * picked_min or view.count < 2:
         return None
     own, weights = view.rows_of(drawn.owners), {name: live.spaces[name].weight for name in cue}
     evidence = gather_evidence(among, view, cue, weights, SUPPORT)
     without = gather_evidence(among, view, cue, weights, SUPPORT, exclude=own)
     fitting, judging = halves(len(own), SEED)
-    picked_min = max(PICKED_MIN, int(PICKED_SHARE_MIN * len(fitting)))
     fitted = fit_choice(evidence, own, fitting, picked_min)
     everyone = torch.arange(len(own))
     picked, picked_without = fitted.picked(evidence, everyone), fitted.picked(without, everyone)
@@ -114,7 +115,11 @@ class _Calibration:
         try:
             # Distances know no origin for an unknown cue to fall to.
             rows = view.count if by.blocks.similarity == "cosine" else None
-            record.log_lambda = calibrate(known, record.target_tpr, rows).log_lambda
+            threshold = calibrate(known, record.target_tpr, rows).log_lambda
+            # A part of a memory is at distance 0 from it but for rounding, and a threshold inside rounding's reach
+            # would turn away cues by chance. Lower, it lets in no fewer, and nothing else is so near.
+            slack = 2.0 * SCORE_ERROR * (1.0 if by.blocks.similarity == "cosine" else norm_max**2)
+            record.log_lambda = threshold - record.gate_beta * slack
         except CalibrationRefused as refusal:
             record.refused = refusal.detail
             return record

@@ -7,7 +7,8 @@ takes, for each cue, the one that is most probably right.
 Rules:
 - The choice is fitted on one half of a modality's known cues, and thresholds are set on the other half, for each
   comparison on the cues that chose it: what chooses is fixed before a cue that sets a threshold is looked at.
-- A comparison that too few cues choose to set a threshold by is left out, and the others chosen among anew.
+- A comparison that too few cues of the first half choose is left out, and the others chosen among anew: of the second
+  half as few would choose it, and set no threshold.
 """
 
 from __future__ import annotations
@@ -29,9 +30,6 @@ from service.core.choice import Choice, fit
 if TYPE_CHECKING:
     from service.app.live import Learned, LiveCollection
     from service.app.recall import Resolved
-
-# Chosen by fewer of a half's cues than this, a comparison gets no threshold at a target of .95 (19 cues) worth having.
-PICKED_SHARE_MIN, PICKED_MIN = 0.05, 20
 
 
 @dataclass(frozen=True, eq=False)

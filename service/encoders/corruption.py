@@ -41,7 +41,9 @@ class _Corruption(BaseModel):
     def describe(self) -> str:
         """One line for a person: "mask (share 0.25)"."""
         kind, *values = self.model_dump().items()
-        inside = ", ".join(f"{name} {value}" for name, value in values)
+        inside = ", ".join(
+            f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in values
+        )
         return f"{kind[1]} ({inside})"
 
 
