@@ -66,8 +66,9 @@ def share(answers: list[dict[str, Any]]) -> float:
     return sum(a["matches"][0]["id"] == f"m{i}" for i, a in enumerate(answers)) / len(answers)
 
 
-def firsts(answers: list[dict[str, Any]]) -> list[tuple[str, float]]:
-    """β, and with it the weights, follow the calibration; what was found and how near it is does not."""
+def firsts(engine: Engine, cues: list[dict[str, Any]], **options: Any) -> list[tuple[str, float]]:
+    """The nearest memories before any step: β follows the calibration, and with it where recalls settle."""
+    answers = ask(engine, cues, update_steps_max=0, **options)
     return [(a["matches"][0]["id"], a["matches"][0]["similarity"]) for a in answers]
 
 
@@ -75,6 +76,7 @@ def test_a_kernel_that_finds_more_is_swapped_in_kept_and_retired(engine: Engine,
     make(engine, CROWDED)
     cues = halves(1)
     before, version = ask(engine, cues), engine.collection("c").version
+    found = firsts(engine, cues)
     assert {a["recall"]["compared_by"] for a in before} == {"cosine"}
     operation = train(engine)
     assert operation.status == "done", operation.error
@@ -95,7 +97,8 @@ def test_a_kernel_that_finds_more_is_swapped_in_kept_and_retired(engine: Engine,
     assert [kernel.id for kernel in info.kernels] == ["v-1"]
     auto, none, named = (ask(engine, cues, kernel=kernel) for kernel in ("auto", "none", "v-1"))
     assert share(auto) > share(before) + 0.2
-    assert firsts(none) == firsts(before)
+    assert {a["recall"]["compared_by"] for a in none} == {"cosine"}
+    assert firsts(engine, cues, kernel="none") == found
     assert share(named) > share(before)
     assert {a["recall"]["compared_by"] for a in named} == {"kernel"}
     assert all(a["recall"]["kernels"] == ["v-1"] and a["recall"]["probability"] is None for a in named)
@@ -118,7 +121,7 @@ def test_a_kernel_that_finds_more_is_swapped_in_kept_and_retired(engine: Engine,
 
     engine.retire_kernel("c", "v-1")
     assert engine.collection("c").kernels == []
-    assert firsts(ask(engine, cues)) == firsts(before)
+    assert firsts(engine, cues) == found
     assert engine.kernels("c").kernels[0].status == "retired"
     with pytest.raises(KernelNotFound, match="not v-1"):
         ask(engine, cues[:1], kernel="v-1")
