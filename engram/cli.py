@@ -142,11 +142,12 @@ def recall(
     mask: Annotated[Path | None, typer.Option(help="A picture, white where the cue's is missing.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write the recalled picture to this PNG file.")] = None,
     original: Annotated[Path | None, typer.Option(help="Write the first match's original to this file.")] = None,
+    kernel: Annotated[str, typer.Option(help="auto, none, or the id of one in use (engram kernels).")] = "auto",
     data: Data = None,
     url: Url = None,
 ) -> None:
     """Recall by a sentence or by a picture."""
-    options: dict[str, Any] = {"limit": limit, "reconstruct": save is not None}
+    options: dict[str, Any] = {"limit": limit, "reconstruct": save is not None, "kernel": kernel}
     if Path(cue).is_file():
         options["image"] = Path(cue)
     elif Path(cue).suffix.lower() in ENDINGS:
@@ -206,15 +207,23 @@ def train(
     what: Annotated[str, typer.Argument(help="kernel, or gate (the calibration of verdicts).")] = "kernel",
     collection: Name = "memories",
     space: Annotated[str | None, typer.Option(help="The space a kernel is for; default: the first.")] = None,
-    objective: Annotated[str, typer.Option(help="cues, separation or separation_plus.")] = "cues",
-    time_limit_s: Annotated[float, typer.Option("--time-limit", help="Seconds a kernel may train.")] = 300,
+    objective: Annotated[
+        str | None, typer.Option(help="cues (the default), separation or separation_plus.", show_default=False)
+    ] = None,
+    time_limit_s: Annotated[
+        float | None,
+        typer.Option(
+            "--time-limit",
+            show_default=False,
+            help="Seconds a kernel may train (300); making its cues, its trial and a calibration come on top.",
+        ),
+    ] = None,
     data: Data = None,
     url: Url = None,
 ) -> None:
     """Train a kernel on a collection's own memories, or calibrate its gate again."""
-    options: dict[str, Any] = {}
-    if what == "kernel":
-        options = {"space": space, "objective": objective, "time_limit_s": time_limit_s}
+    given = {"space": space, "objective": objective, "time_limit_s": time_limit_s}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     with _client(data, url, must_exist=True) as client:
         started = client.collection(collection).train(what, **options)
         operation = training.follow(out, client, started, what)
@@ -224,7 +233,34 @@ def train(
     if what == "kernel":
         training.show_kernel(out, operation.result)
     else:
-        out.print(f"Calibrated {len(operation.result['modalities'])} kinds of cue.")
+        training.show_gate(out, operation.result["modalities"])
+
+
+@app.command()
+def kernels(
+    collection: Name = "memories",
+    retire: Annotated[str | None, typer.Option(help="Go on without this one, which is in use.")] = None,
+    data: Data = None,
+    url: Url = None,
+) -> None:
+    """List the kernels that were trained, and what became of them."""
+    with _client(data, url, must_exist=True) as client:
+        target = client.collection(collection)
+        if retire is not None:
+            target.retire_kernel(retire)
+            out.print(f"{escape(retire)} is retired.")
+        found = target.kernels()
+    if not found:
+        out.print("None was trained yet; train one with: engram train kernel")
+        return
+    table = _table("kernel", "status", "trained", "for", "what came of it")
+    for kernel in found:
+        record = kernel["record"]
+        table.add_row(
+            escape(kernel["id"]), {"active": "in use"}.get(kernel["status"], kernel["status"]),
+            kernel["created_at"][:16].replace("T", " "), record["objective"], escape(record["why"]),
+        )  # fmt: skip
+    out.print(table)
 
 
 @app.command()
@@ -339,7 +375,14 @@ def _show(answer: Recall) -> None:
     out.print(f"[bold {COLOURS[answer.verdict]}]{answer.verdict}[/]" + _because(answer))
     for warning in answer.warnings:
         out.print(f"[yellow]{escape(warning)}[/]")
-    table = _table("memory", "weight", "similarity", "payload")
+    compared = (
+        ""
+        if answer.recall is None
+        else {"observed_neg_l2": "−L2 of what is shown"}.get(answer.recall.compared_by, answer.recall.compared_by)
+    )
+    if answer.recall is not None and answer.recall.kernels:
+        compared = " and ".join(answer.recall.kernels)
+    table = _table("memory", "weight", f"similarity ({compared})", "payload")
     for match in answer.matches:
         payload = "" if match.payload is None else escape(str(match.payload))
         table.add_row(escape(match.id), f"{match.weight:.3f}", f"{match.similarity:.3f}", payload)

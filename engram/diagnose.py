@@ -19,6 +19,9 @@ WHOLE = "whole memory"
 def show(out: Console, name: str, found: Diagnostics) -> None:
     compared = "all of them" if found.sampled == found.memories else f"{found.sampled:,} sampled"
     out.print(f"[bold]{escape(name)}[/]: {found.memories:,} memories, {compared} compared with every other")
+    if found.kernels:
+        used = escape(", ".join(found.kernels))
+        out.print(f"In use: {used}. What follows is by the collection's own similarity, without it.", style="dim")
     if found.whole is None:
         out.print("Nothing is stored yet.")
         return

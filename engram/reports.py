@@ -107,6 +107,7 @@ class Diagnostics(Reply):
     version: int
     memories: int
     sampled: int
+    kernels: tuple[str, ...]
     separation: str | dict[str, float]
     support: str | int
     betas: tuple[ModalityBeta, ...]

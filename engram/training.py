@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
@@ -15,7 +16,6 @@ from engram.client import Client
 from engram.replies import Operation
 
 POLL_S = 0.3
-NAMES = {"own": "as before", "neg_l2": "−L2", "observed_neg_l2": "−L2 of what is shown"}
 
 
 def follow(out: Console, client: Client, operation: Operation, what: str) -> Operation:
@@ -43,15 +43,28 @@ def show_kernel(out: Console, record: dict[str, Any]) -> None:
         f"(stopped by {record['stopped']}); the best was step {record['best_step']:,}"
     )
     if record["trial"]:
-        alone = list(record["trial"][0]["alone"])
-        table = Table(
-            "held-out cues", *(NAMES.get(name, name) for name in alone), "without it", "with it", "at best",
-            title="Own memory first, by each comparison alone and by the choice for each cue", box=box.SIMPLE,
-        )  # fmt: skip
+        table = Table("held-out cues", "before", "with it", title="Own memory first", box=box.SIMPLE)
         for row in record["trial"]:
-            shares = [row["alone"][name] for name in alone]
-            values = [*shares, row["before"], row["chosen"], row["oracle"]]
-            table.add_row(f"{escape(row['corruption'])} × {row['cues']}", *(f"{value:.1%}" for value in values))
+            table.add_row(
+                f"{escape(row['corruption'])} × {row['cues']}", f"{row['before']:.1%}", f"{row['chosen']:.1%}"
+            )
         out.print(table)
     verdict = "[green]in use[/]" if record["kept"] else "[yellow]dropped[/]"
     out.print(f"The kernel is {verdict}: {escape(record['why'])}.")
+
+
+def show_gate(out: Console, records: Sequence[dict[str, Any]]) -> None:
+    """What a calibration found, by kind of cue."""
+    if not records:
+        out.print("No cue could be made: there is nothing to calibrate with.")
+        return
+    table = Table("cues that fill", "cues", "own first", "strangers let in", "threshold", box=box.SIMPLE)
+    for record in records:
+        strangers = record["stranger_accept_rate"]
+        table.add_row(
+            escape(record["modality"]), str(record["cues"]), f"{record['first_share']:.0%}",
+            "–" if strangers is None else f"{strangers:.0%}",
+            "set" if record["refused"] is None else f"[yellow]none: {escape(record['refused'])}[/]",
+        )  # fmt: skip
+    out.print(table)
+    out.print("Strangers: the same cues with their own memory left out. Where most get in, a verdict says little.")

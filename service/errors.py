@@ -98,6 +98,10 @@ class CalibrationRefused(InvalidRequest):
     code, title = "calibration_refused", "The gate cannot be calibrated"
 
 
+class UnknownKernel(InvalidRequest):
+    code, title = "unknown_kernel", "The collection has no such kernel in use"
+
+
 class TrainingRefused(InvalidRequest):
     code, title = "training_refused", "The kernel cannot be trained"
 

@@ -61,6 +61,9 @@ def load(resources: Resources, row: Collection) -> LiveCollection:
     stored = {name: gate.record for name, gate in resources.repository.get_gates(row.id).items()}
     gates = {m: Gate.unpacked(live, record) for m, record in stored.items() if not m.startswith(ROUTE_PREFIX)}
     routes = {m.removeprefix(ROUTE_PREFIX): Route.unpacked(r) for m, r in stored.items() if m.startswith(ROUTE_PREFIX)}
+    # A kernel may have been retired since: what was chosen under it goes with it.
+    routes = {modality: route for modality, route in routes.items() if route.holds(kernels)}
+    live.learned = Learned(kernels, gates, routes)
     if gates:
         made = next(iter(gates.values())).record
         gone = max(0, made.rows - live.bank.view().count)

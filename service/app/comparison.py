@@ -119,22 +119,22 @@ def own(live: LiveCollection) -> Comparison:
 
 
 def comparisons(
-    live: LiveCollection, kernels: Mapping[str, Kernel], spaces: tuple[str, ...], masked: bool
+    live: LiveCollection, kernels: Mapping[str, Kernel], spaces: tuple[str, ...], masked: bool, raw: bool = False
 ) -> tuple[Comparison, ...]:
-    """What cues that fill `spaces` can be compared by, `own` first; nothing else where no kernel is in these spaces.
+    """What cues that fill `spaces` can be compared by, `own` first. Where no kernel is in these spaces there is nothing
+    else, but the distances of raw values if `raw` asks for them.
 
     Raw values are compared of one space alone. What a cue shows is told apart where a mask says so, or where the
     caller's vectors are 0.
     """
     used = {name: kernels[name] for name in spaces if name in kernels}
     found = [own(live)]
-    if not used:
-        return tuple(found)
-    under = Blocks(
-        live.blocks.widths, live.blocks.weights, live.similarity, tuple(used.get(name) for name in live.spaces)
-    )
-    found.append(Comparison("kernel", under, kernels=used))
-    if len(spaces) == 1:
+    if used:
+        under = Blocks(
+            live.blocks.widths, live.blocks.weights, live.similarity, tuple(used.get(name) for name in live.spaces)
+        )
+        found.append(Comparison("kernel", under, kernels=used))
+    if len(spaces) == 1 and (used or raw):
         position = list(live.spaces).index(spaces[0])
         alone = Blocks((live.blocks.widths[position],), (1.0,), "neg_l2")
         part = None if len(live.spaces) == 1 else live.blocks.slices[position]

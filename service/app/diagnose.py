@@ -73,7 +73,8 @@ def diagnose(live: LiveCollection) -> Diagnostics:
         whole = _report(live, view, live.blocks, everything, rows, found, tuple(live.spaces), betas)
     sizes = live.bank.sizes()
     return Diagnostics(
-        version=view.version, memories=view.count, sampled=len(sample), separation=live.config.recall.separation,
+        version=view.version, memories=view.count, sampled=len(sample),
+        kernels=[kernel.id for kernel in live.learned.kernels.values()], separation=live.config.recall.separation,
         support=live.config.recall.support, betas=list(betas.values()), calibration=live.calibration_state(),
         drift=live.changed_rows / live.calibrated_rows if live.calibrated_rows else None, whole=whole, spaces=spaces,
         bytes=sizes, bytes_per_memory={kind: size / max(1, view.count) for kind, size in sizes.items()},

@@ -116,6 +116,13 @@ def faults(error: ValidationFailure) -> str:
             message = (
                 f"a name has letters, digits, _ . and -, begins with a letter or digit, and is not {fault['input']!r}"
             )
+        elif fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
+            name = str(fault["ctx"]["discriminator"]).strip("'")
+            tags = fault["ctx"].get("expected_tags")
+            where = f"{where}.{name}" if where else name
+            message = f"is one of {tags}, not {fault['ctx']['tag']!r}" if tags else "is missing"
+        elif fault["type"] == "extra_forbidden":
+            message = "is not a field of this request"
         clauses.append(f"{where}: {message}" if where else message)
     if len(found) > FAULTS_MAX:
         clauses.append(f"and {len(found) - FAULTS_MAX} more")

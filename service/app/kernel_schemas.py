@@ -24,7 +24,12 @@ class TrainKernel(Request):
         default=None, min_length=1, max_length=32, description="the cues to train for; absent: the collection's"
     )
     steps_max: int = Field(default=4_000, ge=1, le=100_000)
-    time_limit_s: float = Field(default=300, ge=1, le=3_600, description="of the training itself")
+    time_limit_s: float = Field(
+        default=300,
+        ge=1,
+        le=3_600,
+        description="of the training itself; its cues, its trial and a calibration come on top",
+    )
     batch: int = Field(default=512, ge=2, le=4_096)
     learning_rate: float = Field(default=1e-3, gt=0, le=1)
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
@@ -38,13 +43,17 @@ class LossPoint(Reply):
 
 class TrialRow(Reply):
     """Held-out cues of one corruption: the share whose own memory came first, by each comparison alone, by the choice
-    made for each cue before and with the new kernel, and by whichever comparison was right (`oracle`).
+    made for each cue before, among all comparisons but the new kernel (`others`), and with it (`chosen`), and by
+    whichever comparison was right (`oracle`).
     """
 
     corruption: str
     cues: int
-    alone: dict[str, float]
+    alone: dict[str, float | None] = Field(
+        description="by whitening, `own`, `kernel`, `neg_l2` and `observed_neg_l2`; null: not used for these cues"
+    )
     before: float
+    others: float
     chosen: float
     oracle: float
 

@@ -12,7 +12,7 @@ Rules:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -24,16 +24,18 @@ from service.app.kernel_trial import MEMORIES_MIN, VALUES_MAX, make_lesson, make
 from service.app.known_cues import Supplied
 from service.app.live import LiveCollection, Space
 from service.app.resources import CALIBRATE_JOB, KERNEL_JOB, Resources
+from service.bank.bank import KERNELS_MAX
 from service.core.kernel import Progress, Training, train, whitening
 from service.core.similarity import Kernel
 from service.encoders.corruption import Corruption, Target
-from service.errors import KernelNotFound, TrainingRefused, UnknownSpace
+from service.errors import KernelNotFound, TooBusy, TrainingRefused, UnknownSpace
 from service.storage.jobs import Job
 from service.storage.learned import KernelPut
 
 MEMORIES_MAX = 20_000
 DIMENSION_MAX = 16_384  # W of 512 rows takes 32 MB there, and a step of training some seconds
 CURVE_POINTS_MAX = 400
+RETIRE_WAIT_S = 5.0  # for a calibration to end
 WHITENING_RIDGE = 0.1
 TARGETS: dict[str, Target] = {"image": "image", "text": "text", "vectors": "vector"}
 
@@ -48,6 +50,10 @@ def enqueue_kernel(resources: Resources, live: LiveCollection, request: TrainKer
             f"space {space.name} has {space.dimension} values; a kernel takes at most {DIMENSION_MAX}"
         )
     _corruptions(live, space, request)
+    if len(live.bank.view().kernels) > KERNELS_MAX - 2:  # one on trial, and whitening beside it
+        raise TrainingRefused(
+            f"{live.name} has kernels in {len(live.learned.kernels)} spaces, which is as many as it can; retire one"
+        )
     payload = {"kernel": request.model_copy(update={"space": space.name}).model_dump(mode="json")}
     return resources.enqueue(KERNEL_JOB, live.id, payload=payload)[0]
 
@@ -67,11 +73,10 @@ def run_kernel_job(resources: Resources, job: Job, beat: Callable[[float], None]
             f"a kernel needs n >= {MEMORIES_MIN} memories that fill the space {space.name}, has {len(rows)}"
         )
     trial = make_trial(resources, live, view, space, kinds, rows, lambda share: beat(0.1 * share))
-    if request.objective == "cues" and not len(trial.own):
+    if request.objective == "cues" and not trial.groups:
         raise TrainingRefused(f"no cue for the space {space.name} could be made: its memories have no originals")
-    before = trial.evidence(live, view, {name: active.kernel for name, active in live.learned.kernels.items()})
     lesson = make_lesson(
-        resources, live, view, space, request, kinds, rows, trial, before, lambda share: beat(0.1 + 0.2 * share)
+        resources, live, view, space, request, kinds, rows, trial, lambda share: beat(0.1 + 0.2 * share)
     )
     course = _Course(request.time_limit_s, request.steps_max, lambda share: beat(0.3 + 0.5 * share))
     training = Training(
@@ -80,21 +85,22 @@ def run_kernel_job(resources: Resources, job: Job, beat: Callable[[float], None]
     )  # fmt: skip
     last = course.follow(train(lesson.patterns, training, lesson.draw))
     kernel = Kernel(last.weight)
-    kernels = {name: active.kernel for name, active in live.learned.kernels.items()} | {space.name: kernel}
     white = Kernel(whitening(lesson.patterns, WHITENING_RIDGE))
     with _tried(live, space, kernel), _tried(live, space, white):
-        after_view = live.bank.view()
-        after = trial.evidence(live, after_view, kernels)
-        table, gained = trial.judge(before, after, trial.alone(live, after_view, space, white))
+        before = _in_use(live)
+        verdict = trial.judge(
+            live, live.bank.view(), before, before | {space.name: kernel}, white, lambda: beat(0.8)
+        )  # fmt: skip
         record = KernelRecord(
             space=space.name, objective=request.objective, start=request.start, memories=len(lesson.patterns),
             cues=lesson.cues, corruptions=[kind.describe() for kind in kinds], steps=last.step,
             best_step=last.best_step, stopped=course.stopped, seconds=round(course.seconds, 1), curve=course.curve(),
-            trial=table, kept=gained > 0, why=trial.why(gained),
+            trial=verdict.table, kept=verdict.better, why=verdict.why,
         )  # fmt: skip
-        if gained > 0:
-            _swap_in(resources, live, kernel, kernels, record, lambda share: beat(0.8 + 0.2 * share))
+        if record.kept:
+            _swap_in(resources, live, kernel, record, lambda share: beat(0.8 + 0.2 * share))
         else:
+            beat(1.0)  # the last look at whether the job is still wanted
             resources.repository.put_kernel(
                 live.id, space.name, request.objective, last.weight.numpy(), record.model_dump(mode="json"), False
             )
@@ -116,24 +122,32 @@ def listed(resources: Resources, live: LiveCollection) -> KernelList:
 
 def retire(resources: Resources, live: LiveCollection, kernel_id: str) -> None:
     """Go on without a kernel: cues are compared as they were before it. Raises `KernelNotFound`."""
-    active = live.learned.by_id(kernel_id)
-    if active is None:
-        raise KernelNotFound(f"no kernel {kernel_id} is active in {live.name}")
-
-    with live.learning:
+    if not live.learning.acquire(timeout=RETIRE_WAIT_S):
+        raise TooBusy(f"{live.name} is being calibrated; its kernels change after that", retry_after_s=10)
+    try:
+        active = live.learned.by_id(kernel_id)
+        if active is None:
+            raise KernelNotFound(f"no kernel {kernel_id} is in use in {live.name}")
         resources.repository.retire_kernel(
             live.id, active.space, then=lambda version: live.without_kernel(active.space, version)
         )
+    finally:
+        live.learning.release()
     if live.learned.kernels:
         resources.enqueue(CALIBRATE_JOB, live.id)  # modalities with another space's kernel choose anew
 
 
 def _swap_in(
-    resources: Resources, live: LiveCollection, kernel: Kernel, kernels: Mapping[str, Kernel], record: KernelRecord,
+    resources: Resources, live: LiveCollection, kernel: Kernel, record: KernelRecord,
     progress: Callable[[float], None],
 ) -> None:  # fmt: skip
-    with live.learning:  # no calibration under the former kernels may end after the swap
+    while not live.learning.acquire(timeout=1.0):
+        progress(0.0)  # a calibration under way takes its time; the lease is kept meanwhile
+    # Held, so that no calibration under the former kernels ends after the swap, and none is retired meanwhile.
+    try:
+        kernels = _in_use(live) | {record.space: kernel}
         calibration = calibrate_collection(live, resources, kernels, progress, Supplied.before(live))
+        progress(1.0)  # the last look at whether the job is still wanted
 
         def then(put: KernelPut) -> None:
             active = dict(live.learned.kernels) | {record.space: ActiveKernel(record.space, put.number, kernel)}
@@ -144,6 +158,12 @@ def _swap_in(
             live.id, record.space, record.objective, kernel.weight.numpy(), record.model_dump(mode="json"), True,
             gates=calibration.packed(), then=then,
         )  # fmt: skip
+    finally:
+        live.learning.release()
+
+
+def _in_use(live: LiveCollection) -> dict[str, Kernel]:
+    return {name: active.kernel for name, active in live.learned.kernels.items()}
 
 
 @contextmanager

@@ -134,23 +134,23 @@ class LiveCollection:
         """A space goes on without its kernel; what was calibrated under it is forgotten. Called by storage."""
         before = self.learned
         kernels = {name: kernel for name, kernel in before.kernels.items() if name != space}
-        routes = {name: route for name, route in before.routes.items() if space not in spaces_of(name)}
+        routes = {name: route for name, route in before.routes.items() if route.holds(kernels)}
         self.learned = Learned(kernels, before.gates, routes)
         self.bank.write(None, [], version)
         self._let_go(before)
 
     def _let_go(self, before: Learned) -> None:
         """The bank forgets kernels that no recall can ask for any more: those that went out of use a change ago."""
-        for space, kernel in self.learned.kernels.items():
+        in_use = {kernel.kernel for kernel in self.learned.kernels.values()}
+        gone = [kernel for kernel in before.kernels.values() if kernel.kernel not in in_use]
+        for kernel in gone:
+            self.bank.set_graph_kernel(kernel.space, None)
+        for space, active in self.learned.kernels.items():
             # A graph serves one comparison; where everything goes by the kernel, it is built on the kernel's keys.
             routes = [route for name, route in self.learned.routes.items() if space in spaces_of(name)]
             by_kernel = bool(routes) and all(route.comparisons == ("kernel",) for route in routes)
-            self.bank.set_graph_kernel(space, kernel.kernel if by_kernel else None)
-        in_use = {kernel.kernel for kernel in self.learned.kernels.values()}
-        gone = [kernel for kernel in before.kernels.values() if kernel.kernel not in in_use]
+            self.bank.set_graph_kernel(space, active.kernel if by_kernel else None)
         if gone:
-            for kernel in gone:
-                self.bank.set_graph_kernel(kernel.space, None)
             for old in self._retired:
                 self.bank.drop_kernel(old)
             self._retired = [kernel.kernel for kernel in gone]

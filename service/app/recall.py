@@ -45,7 +45,7 @@ from service.core.similarity import overlaps
 from service.core.support import top_k
 from service.core.update import association
 from service.encoders.picture import write_png
-from service.errors import InvalidRequest, KernelNotFound, NotDecodable, UnknownSpace
+from service.errors import InvalidRequest, NotDecodable, UnknownKernel, UnknownSpace
 
 AMBIGUOUS_LOG_ODDS = math.log(3.0)  # step-0 odds of the first two under 3:1 (design: verdicts)
 AMBIGUOUS_WEIGHT = 0.75  # settled weight of the first under this
@@ -115,7 +115,7 @@ def resolve(live: LiveCollection, options: RecallOptions) -> Resolved:
 def _kernel(live: LiveCollection, asked: str) -> str:
     if asked not in ("auto", "none") and live.learned.by_id(asked) is None:
         active = ", ".join(kernel.id for kernel in live.learned.kernels.values()) or "none is"
-        raise KernelNotFound(f"kernel is auto, none or the id of one in use ({active}), not {asked}")
+        raise UnknownKernel(f"kernel is auto, none or the id of one in use ({active}), not {asked}")
     return asked
 
 
@@ -270,8 +270,10 @@ class _Recall:
             return [
                 "uncalibrated: a threshold holds for the collection's own spaces and weights, not for the request's"
             ]
-        if self.record is not None:
-            return [f"uncalibrated: {self.record.refused}"]
+        if self.way.why is not None:
+            return [f"uncalibrated: {self.way.why}"]
+        if self.gate is not None:
+            return [f"uncalibrated: {self.gate.record.refused}"]
         if self.live.calibration_state() in ("pending", "stale"):
             return ["uncalibrated: the calibration is under way; ask again in some seconds"]
         return [f"uncalibrated: no cue that fills {self.modality} could be made from the stored memories"]
@@ -290,7 +292,9 @@ class _Recall:
 
     def _auto_beta(self, separation: Separation, support: int) -> float:
         margin = margin_for(self.live, self.view, self.by, self.record, tuple(self.cue))
-        return beta_for(margin, separation, self.by.norm_max(self.view), support)
+        # Of distances the calibration has seen to rounding; here nothing is left to cap.
+        norm_max = math.sqrt(margin) if self.by.raw and margin else self.by.norm_max(self.view)
+        return beta_for(margin, separation, norm_max, support)
 
     def _certify(self) -> None:
         """A certificate belongs to a step whose rows an exact search chose at that step's state, over the blocks it
@@ -315,6 +319,8 @@ class _Recall:
             return
         norm_max = self.by.norm_max(self.view)
         score_error = SCORE_ERROR * (1.0 if self.blocks.similarity == "cosine" else norm_max**2)
+        if self.by.kernels:  # rows are scaled by 1/‖Wû‖, and their rounding with them
+            score_error *= max(1.0, self.view.norm_bound(self.by.kernels))
         if options.separation == "softmax":
             missed = softmax_bound(scored, self.view.count, self.beta, norm_max, score_error)[1]
             holds, distance = [True] * batch, (missed + moved).tolist()
@@ -404,9 +410,10 @@ class _Recall:
                 "error_bound": self.error_bound[i], "compared_by": self.way.says, "kernels": self.way.kernel_ids,
                 "probability": None if self.way.probability is None else self.way.probability[i],
             }  # fmt: skip
-            if self.mass is not None and self.record is not None and self.record.log_lambda is not None:
+            judged = None if self.gate is None else self.gate.record
+            if self.mass is not None and judged is not None and judged.log_lambda is not None:
                 result["gate"] = {
-                    "score": self.mass[i], "threshold": self.record.log_lambda, "target_tpr": self.record.target_tpr,
+                    "score": self.mass[i], "threshold": judged.log_lambda, "target_tpr": judged.target_tpr,
                     "modality": self.modality, "rejected_at": self.rejected_at[i] if self.rejected_at[i] >= 0 else None,
                 }  # fmt: skip
             results.append(result)

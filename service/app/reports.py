@@ -94,7 +94,7 @@ class SpaceReport(Reply):
 
 
 class ModalityBeta(Reply):
-    """β of one kind of cue, as a recall without a β of its own has it."""
+    """β of one kind of cue, as a recall by the collection's own similarity and without a β of its own has it."""
 
     modality: str
     beta: float
@@ -109,6 +109,9 @@ class Diagnostics(Reply):
     version: int
     memories: int
     sampled: int = Field(description="memories compared with every other; equal to `memories` where all were")
+    kernels: list[str] = Field(
+        description="kernels in use: the figures here are by the collection's own similarity, without them"
+    )
     separation: SeparationSpec
     support: Support
     betas: list[ModalityBeta]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -19,6 +18,8 @@ from service.app.routes import (
     fit_choice,
     gather_evidence,
     halves,
+    picked_min,
+    plainly,
 )
 from service.bank import View
 from service.core.beta import auto_beta
@@ -41,15 +42,14 @@ def calibrate_route(
     """
     cue = drawn.cues
     among = comparisons(live, kernels, tuple(cue), modality.endswith(":masked"))
-    # Twice the cues that a threshold needs: of the other half about as many will choose the same.
-    picked_min = 2 * math.ceil(1.0 / (1.0 - gate.record.target_tpr) - 1.0)
-    if len(among) == 1 or len(drawn.owners) < 2 * picked_min or view.count < 2:
+    least = picked_min(gate.record.target_tpr)
+    if len(among) == 1 or len(drawn.owners) < 2 * least or view.count < 2:
         return None
     own, weights = view.rows_of(drawn.owners), {name: live.spaces[name].weight for name in cue}
     evidence = gather_evidence(among, view, cue, weights, SUPPORT)
     without = gather_evidence(among, view, cue, weights, SUPPORT, exclude=own)
     fitting, judging = halves(len(own), SEED)
-    fitted = fit_choice(evidence, own, fitting, picked_min)
+    fitted = fit_choice(evidence, own, fitting, least)
     everyone = torch.arange(len(own))
     picked, picked_without = fitted.picked(evidence, everyone), fitted.picked(without, everyone)
     calibration = _Calibration(live, view, drawn, own, gate, evidence, without)
@@ -71,7 +71,9 @@ def calibrate_route(
         },
         records=records,
     )  # fmt: skip
-    return Route(info, fitted.choice, calibration.record(among[1], 1, fitting, judging, judging))
+    return Route(
+        info, fitted.choice, calibration.record(among[1], 1, fitting, judging, judging), tuple(among[1].kernels)
+    )
 
 
 class _Calibration:
@@ -102,10 +104,12 @@ class _Calibration:
         if not len(fitting) or not len(judging):
             record.refused = "no known cue is compared so"
             return record
-        norm_max = by.norm_max(view)
+        # A distance's rounding is a share of itself, so what caps β is how far apart memories are, not how long.
+        rivals = self.without.found[column].scores[torch.cat([fitting, judging]), 0].double()
+        norm_max = float((-rivals).median().clamp_min(1e-12).sqrt()) if by.raw else by.norm_max(view)
         settle = auto_beta(margins, separation="softmax", norm_max=norm_max, support=SUPPORT, share=MARGIN_SHARE)
         record.margin, record.share = settle.margin, settle.share
-        if not self.gate.plain:
+        if not plainly(self.live, self.gate):
             return record
         record.gate_beta = auto_beta(
             self._margins(by, column, fitting), separation="softmax", norm_max=norm_max, support=SUPPORT,

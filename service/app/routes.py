@@ -13,10 +13,12 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,8 +26,10 @@ from service.app.comparison import ActiveKernel, Comparison, comparisons, own
 from service.app.cues import CueBlocks, stack
 from service.app.gate_schemas import CalibrationRecord, ChoiceInfo, ComparisonName
 from service.app.gates import SUPPORT, Gate
+from service.app.live import spaces_of
 from service.bank import Found, View
 from service.core.choice import Choice, fit
+from service.core.similarity import MAGNITUDE_MAX
 
 if TYPE_CHECKING:
     from service.app.live import Learned, LiveCollection
@@ -34,7 +38,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What each comparison's search found for a batch of cues: the arguments of `core.choice`."""
+    """What each comparison's search found for a batch of cues (`found` may be left out): the arguments of
+    `core.choice`.
+    """
 
     found: Sequence[Found]
     nearest: Tensor
@@ -47,6 +53,13 @@ class Evidence:
     def right(self, own: Tensor) -> Tensor:
         """(n, k): whether the comparison's first memory is the cue's own."""
         return self.nearest == own[:, None]
+
+
+def plainly(live: LiveCollection, gate: Gate) -> bool:
+    """Whether a modality is judged by the mass of the bank's nearest rows at the cue, and is meant to be: then so may
+    be what another comparison finds. A matrix that was refused is none that was not asked for.
+    """
+    return gate.plain and live.config.gate.interaction == "bank"
 
 
 def gather_evidence(
@@ -68,7 +81,7 @@ def only(evidence: Evidence, kept: Sequence[int]) -> Evidence:
     """The evidence of some of the comparisons."""
     columns = torch.tensor(kept)
     return Evidence(
-        [evidence.found[j] for j in kept],
+        [evidence.found[j] for j in kept] if evidence.found else [],
         evidence.nearest[:, columns], evidence.first[:, columns], evidence.second[:, columns],
     )  # fmt: skip
 
@@ -84,6 +97,11 @@ class Route:
     info: ChoiceInfo
     choice: Choice
     alone: CalibrationRecord
+    under: tuple[str, ...]  # the spaces that had a kernel then; under others it does not hold
+
+    def holds(self, kernels: Iterable[str]) -> bool:
+        """Whether the same of the modality's spaces have a kernel now."""
+        return {name for name in spaces_of(self.info.modality) if name in set(kernels)} == set(self.under)
 
     @property
     def records(self) -> dict[ComparisonName, CalibrationRecord]:
@@ -102,17 +120,20 @@ class Route:
         """As JSON, for storage."""
         return {
             "info": self.info.model_dump(mode="json"),
-            "choice": {"mean": self.choice.mean, "scale": self.choice.scale, "coefficients": self.choice.coefficients},
+            "choice": asdict(self.choice),
             "alone": self.alone.model_dump(mode="json"),
+            "under": self.under,
         }
 
     @classmethod
     def unpacked(cls, packed: Mapping[str, Any]) -> Route:
-        choice = packed["choice"]
+        units, mean, scale = (tuple(packed["choice"][name]) for name in ("units", "mean", "scale"))
+        coefficients = tuple(map(tuple, packed["choice"]["coefficients"]))
         return cls(
             ChoiceInfo.model_validate(packed["info"]),
-            Choice(tuple(choice["mean"]), tuple(choice["scale"]), tuple(map(tuple, choice["coefficients"]))),
+            Choice(units, mean, scale, coefficients),
             CalibrationRecord.model_validate(packed["alone"]),
+            tuple(packed["under"]),
         )
 
 
@@ -129,23 +150,30 @@ class Fitted:
         return torch.tensor(self.columns)[probability.argmax(dim=1)]
 
 
+def picked_min(target_tpr: float) -> int:
+    """How many of the first half's cues must choose a comparison: twice what a threshold needs, since of the other half
+    about as many will.
+    """
+    return 2 * math.ceil(1.0 / (1.0 - target_tpr) - 1.0)
+
+
 def halves(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Two halves of `count` cues, drawn at random."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return order[: count // 2], order[count // 2 :]
 
 
-def fit_choice(evidence: Evidence, own: Tensor, rows: Tensor, picked_min: int = 0) -> Fitted:
-    """Fit on the cues `rows`; comparisons that fewer than `picked_min` of them choose are left out, least first."""
+def fit_choice(evidence: Evidence, own: Tensor, rows: Tensor, least: int) -> Fitted:
+    """Fit on the cues `rows`; comparisons that fewer than `least` of them choose are left out, the rarest first."""
     columns = list(range(evidence.nearest.shape[1]))
     while True:
         fitted = Fitted(columns, fit(*only(evidence, columns).of(rows), own[rows]))
         picks = fitted.picked(evidence, rows)
         counts = {column: int((picks == column).sum()) for column in columns}
-        least = min(columns, key=lambda column: (counts[column], -column))
-        if len(columns) == 1 or counts[least] >= picked_min:
+        rarest = min(columns, key=lambda column: (counts[column], -column))
+        if len(columns) == 1 or counts[rarest] >= least:
             return fitted
-        columns = [column for column in columns if column != least]
+        columns = [column for column in columns if column != rarest]
 
 
 # --- at recall --------------------------------------------------------------------------------------------------------
@@ -157,7 +185,7 @@ class Way:
 
     record: the margin that β rests on, and the threshold unless `gate_is_own`: then the gate scores by the collection's
     own similarity, whatever compares. found: what the search has found already; probability: that each one's first
-    memory is its own, where that was chosen by.
+    memory is its own, where that was chosen by. why: there is no gate, where that is not the modality's lack.
     """
 
     members: Sequence[int]
@@ -169,6 +197,7 @@ class Way:
     gate_is_own: bool = False
     found: Found | None = None
     probability: list[float] | None = None
+    why: str | None = None
 
 
 def ways(
@@ -185,9 +214,18 @@ def ways(
         # Calibrated with every kernel in the cue's spaces; under one of several there is no threshold.
         alone = sum(name in learned.kernels for name in spaces) == 1 and route is not None
         record = route.alone if alone and route is not None else None
-        yield _way(live, asked, everyone, by_name["kernel"], gate, record)
-    elif options.kernel != "auto" or route is None or options.spaces is not None:
+        way = _way(live, asked, everyone, by_name["kernel"], gate, record)
+        why = f"no threshold was set for {options.kernel} by itself: for lack of known cues, or beside other kernels"
+        yield way if way.gate is not None else replace(way, why=why)
+    elif options.kernel != "auto" or route is None or options.spaces is not None or options.beta != "auto":
+        # A β of the request's own means the collection's similarity: that of a distance is another.
         yield Way(everyone, own(live), live.similarity, [], gate, None if gate is None else gate.record)
+    elif large := [i for i in everyone if any(np.abs(v).max() > MAGNITUDE_MAX for v in cues[i].vectors.values())]:
+        # Their distances would leave float32.
+        yield Way(large, own(live), live.similarity, [], gate, None if gate is None else gate.record)
+        rest = [i for i in everyone if i not in set(large)]
+        for way in ways(live, learned, view, modality, [cues[i] for i in rest], options) if rest else ():
+            yield replace(way, members=[rest[i] for i in way.members])
     else:
         yield from _chosen(
             live, asked, view, stack(cues), [by_name[name] for name in route.comparisons], route, gate, options
@@ -219,7 +257,7 @@ def _way(
     gate: Gate | None, record: CalibrationRecord | None, found: Found | None = None,
     probability: list[float] | None = None,
 ) -> Way:  # fmt: skip
-    judges_itself = gate is None or gate.plain
+    judges_itself = gate is None or plainly(live, gate)
     says = live.similarity if comparison.name == "own" else comparison.name
     return Way(
         members, comparison, says, [active[name].id for name in comparison.kernels],

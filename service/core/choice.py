@@ -35,10 +35,11 @@ NEWTON_STEPS_MAX = 100  # some ten are needed; a loss that is convex and smooth 
 
 @dataclass(frozen=True)
 class Choice:
-    """A fitted choice among k similarities: per feature mean and scale, per similarity the coefficients (the last one
-    is the intercept). Plain numbers, so that it can be written down.
+    """A fitted choice among k similarities: per similarity the unit of its distances, per feature mean and scale, per
+    similarity the coefficients (the last one is the intercept). Plain numbers, so that it can be written down.
     """
 
+    units: tuple[float, ...]
     mean: tuple[float, ...]
     scale: tuple[float, ...]
     coefficients: tuple[tuple[float, ...], ...]
@@ -47,7 +48,8 @@ class Choice:
         self, nearest: Int[Tensor, "n k"], first: Float[Tensor, "n k"], second: Float[Tensor, "n k"]
     ) -> Float[Tensor, "n k"]:
         """P(similarity j's first memory is the cue's own), for the arguments of `fit`."""
-        k = nearest.shape[1]
+        k, units = nearest.shape[1], _tensor(self.units)
+        first, second = first / units, second / units
         found = [
             (_with_one(self._standardised(_evidence(nearest, first, second, j))) @ _tensor(self.coefficients[j]))
             for j in range(k)
@@ -73,6 +75,10 @@ def fit(
     n, k = nearest.shape
     if n == 0 or first.isnan().any() or second.isnan().any():
         raise InvalidRequest("a choice is fitted on one cue at least, and on numbers")
+    # Distances of raw values may be of any size; cosine's are about 1.
+    finite = second.double().masked_fill(~second.isfinite(), torch.nan)
+    units = finite.nanmedian(dim=0).values.nan_to_num(1.0).clamp_min(torch.finfo(torch.float32).tiny)
+    first, second = first / units, second / units
     # Agreement comes after the distances, so its mean and scale are those of a 0 or 1: it is left as it is.
     distances = _distances(first, second)
     mean = torch.cat([distances.mean(0), distances.new_zeros(k)])
@@ -81,7 +87,7 @@ def fit(
     for j in range(k):
         features = _with_one((_evidence(nearest, first, second, j) - mean) / scale)
         coefficients.append(tuple(_logistic(features, (nearest[:, j] == own).double()).tolist()))
-    return Choice(tuple(mean.tolist()), tuple(scale.tolist()), tuple(coefficients))
+    return Choice(tuple(units.tolist()), tuple(mean.tolist()), tuple(scale.tolist()), tuple(coefficients))
 
 
 def _evidence(nearest: Tensor, first: Tensor, second: Tensor, j: int) -> Float[Tensor, "n features"]:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from engram import Client
-from service.errors import InvalidRequest, KernelNotFound, TrainingRefused
+from service.errors import InvalidRequest, TrainingRefused, UnknownKernel
 
 D, N = 24, 200
 RNG = np.random.default_rng(7)
@@ -43,7 +43,7 @@ def test_a_kernel_is_trained_used_and_retired(client: Client, new_name: Callable
         return sum(answer.matches[0].id == f"m{i}" for i, answer in enumerate(answers)) / N
 
     assert found() > found(kernel="none") + 0.2
-    with pytest.raises(KernelNotFound, match="in use \\(v-1\\), not v-2"):
+    with pytest.raises(UnknownKernel, match="in use \\(v-1\\), not v-2"):
         found(kernel="v-2")
     crowd.retire_kernel("v-1")
     assert found() == found(kernel="none")
@@ -52,7 +52,7 @@ def test_a_kernel_is_trained_used_and_retired(client: Client, new_name: Callable
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
-        ({"what": "kernels"}, "'gate', 'kernel'"),
+        ({"what": "kernels"}, "what: is one of 'gate', 'kernel', not 'kernels'"),
         ({"what": "kernel", "objective": "separate"}, "'cues', 'separation' or 'separation_plus'"),
         ({"what": "kernel", "time_limit_s": 0}, "time_limit_s"),
         ({"what": "gate", "space": "v"}, "space"),
@@ -90,4 +90,11 @@ def test_the_command_shows_what_came_of_it(
     assert missing.returncode == 1
     assert "no space sound" in missing.stderr
     again = run_engram("train", "gate", "--data", data)
-    assert "Calibrated" in again.stdout
+    assert "strangers let in" in again.stdout
+    misused = run_engram("train", "gate", "--objective", "cues", "--data", data)
+    assert misused.returncode == 1
+    assert "objective" in misused.stderr
+    listed = run_engram("kernels", "--data", data)
+    assert "image-1" in listed.stdout
+    recalled = run_engram("recall", folder / "3.png", "--kernel", "none", "--data", data)
+    assert "similarity (cosine)" in recalled.stdout
