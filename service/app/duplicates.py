@@ -2,8 +2,8 @@
 
 Strategy: a memory that was encoded is searched for, by the spaces that it brings; that is small beside encoding it.
 Callers' own vectors come faster than they can be searched for (over 60,000 of 784 values the searches took five times
-as long as storing them), so of these only equal ones are found: few rows have the norm of another, and these are
-compared.
+as long as storing them), so of these only equal ones are found: few rows have the norm of another and some of its
+values, and these are compared.
 
 Rules:
 - A memory that replaces another of its id is no duplicate of it.
@@ -23,12 +23,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from service.app.live import LiveCollection
+from service.bank.segment import Part
 from service.core.diagnostics import NEAR_DUPLICATE
 from service.core.similarity import normalise_rows
 
 Memory = Mapping[str, NDArray[np.float32]]  # space → vector
 
-SAME_NORM_MAX = 16  # rows of one norm that a new one is compared with: one that equals it is enough to warn
+SAME_KEY_MAX = 16  # rows of one key that a new one is compared with: one that equals it is enough to warn
 
 
 def warn_encoded(live: LiveCollection, ids: Sequence[str], vectors: Sequence[Memory]) -> list[list[str]]:
@@ -62,20 +63,20 @@ def warn_equal(live: LiveCollection, ids: Sequence[str], vectors: Sequence[Memor
     warnings: list[list[str]] = [[] for _ in ids]
     for spaces, members in _groups(live, vectors):
         rows = view.rows_of([ids[i] for i in members])
-        norms = torch.cat([part.segment.norms[spaces[0]][: part.count] for part in view.parts])
-        wanted = norms[rows[rows >= 0]].sort().values  # -1: replaced or deleted meanwhile
+        keys = torch.cat([_keys(part, spaces[0]) for part in view.parts])
+        wanted = keys[rows[rows >= 0]].sort().values  # -1: replaced or deleted meanwhile
         if not len(wanted):
             continue
-        place = torch.searchsorted(wanted, norms).clamp_max(len(wanted) - 1)
-        candidates = torch.nonzero(wanted[place] == norms).flatten()
-        of_norm: dict[float, list[int]] = {}
-        for row, norm in zip(candidates.tolist(), norms[candidates].tolist(), strict=True):
-            of_norm.setdefault(norm, []).append(row)
+        place = torch.searchsorted(wanted, keys).clamp_max(len(wanted) - 1)
+        candidates = torch.nonzero(wanted[place] == keys).flatten()
+        of_key: dict[float, list[int]] = {}
+        for row, key in zip(candidates.tolist(), keys[candidates].tolist(), strict=True):
+            of_key.setdefault(key, []).append(row)
         for i, row in zip(members, rows.tolist(), strict=True):
-            others = [] if row < 0 else [other for other in of_norm[float(norms[row])] if other != row]
+            others = [] if row < 0 else [other for other in of_key[float(keys[row])] if other != row]
             if not others:
                 continue
-            compared = torch.tensor([row, *others[:SAME_NORM_MAX]])
+            compared = torch.tensor([row, *others[:SAME_KEY_MAX]])
             patterns = _compared(live, view.gather(compared[None])[0], spaces)
             near = compared[1:][_near(patterns[:1], patterns[1:])]
             # A row may be one that was replaced: then its id is at another row by now.
@@ -84,6 +85,17 @@ def warn_equal(live: LiveCollection, ids: Sequence[str], vectors: Sequence[Memor
             if alive:
                 warnings[i].append(_warning(alive[0]))
     return warnings
+
+
+def _keys(part: Part, space: str) -> Float[Tensor, " count"]:
+    """A number per row that equal rows share and others hardly do: of its norm and of values along it, since unit
+    vectors all have one norm.
+    """
+    vectors, keys = part.segment.vectors[space], part.segment.norms[space][: part.count].double()
+    last = vectors.shape[1] - 1
+    for place in (0, last // 3, 2 * last // 3, last):
+        keys = keys * 1.6180339887 + vectors[: part.count, place].double()
+    return keys
 
 
 def _groups(live: LiveCollection, vectors: Sequence[Memory]) -> Iterator[tuple[tuple[str, ...], list[int]]]:

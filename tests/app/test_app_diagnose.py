@@ -202,3 +202,15 @@ def test_default_spaces_are_diagnosed(engine: Engine) -> None:
     assert {name: report.memories for name, report in found.spaces.items()} == {"image": 3, "joint": 3, "text": 1}
     assert found.whole is not None
     assert found.whole.memories == 3
+
+
+def test_equal_unit_vectors_are_warned_of(engine: Engine) -> None:
+    """All have one norm; an exact copy is found among them all the same."""
+    rows = np.random.default_rng(11).standard_normal((400, 32)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    engine.create_collection("unit", CollectionConfig.model_validate({"spaces": {"v": {"dimension": 32}}}))
+    engine.store("unit", StoreRequest(memories=[{"id": f"m{i}", "vectors": {"v": row}} for i, row in enumerate(rows)]))
+    again = [{"id": f"n{i}", "vectors": {"v": rows[i]}} for i in range(0, 400, 40)]
+    reply = engine.store("unit", StoreRequest(memories=again))
+    for i, item in zip(range(0, 400, 40), reply.results, strict=True):
+        assert item.warnings == [f"nearly the same as memory m{i}: no cue will tell the two apart"]
