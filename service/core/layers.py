@@ -105,6 +105,8 @@ class Hopfield(nn.Module):
         disable_out_projection: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(association, Association):
+            raise InvalidRequest(f"association is an Association, as Association(separation=…), not {association!r}")
         if min(input_size, num_heads) < 1 or (hidden_size is None and input_size % num_heads):
             raise InvalidRequest(f"input_size {input_size} does not divide into {num_heads} heads: give hidden_size")
         self.input_size, self.num_heads = input_size, num_heads

@@ -397,6 +397,12 @@ def test_an_unknown_choice_is_answered_with_what_there_is(options: dict[str, obj
         Association(**options)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_a_separation_in_place_of_an_association_is_told() -> None:
+    with pytest.raises(InvalidRequest, match="Association\\(separation=…\\), not 'sparsemax'"):
+        Hopfield(6, association="sparsemax")
+
+
 @pytest.mark.parametrize(
     "make",
     [
