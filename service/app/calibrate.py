@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,8 +28,8 @@ from service.app.comparison import ActiveKernel, Comparison
 from service.app.comparison import own as own_comparison
 from service.app.cues import whole_state
 from service.app.gate_schemas import CalibrationRecord, NegativesRecord
-from service.app.gates import SEED, SUPPORT, Gate, SuppliedCues, log_masses, make_interaction
-from service.app.known_cues import KnownCues, Supplied, draw, plans, supplied_with
+from service.app.gates import MARGIN_SHARE, SEED, SUPPORT, Gate, SuppliedCues, log_masses, make_interaction
+from service.app.known_cues import KnownCues, Supplied, draw, ids_at, plans, supplied_with
 from service.app.live import Learned, LiveCollection
 from service.app.resources import Resources
 from service.app.route_calibration import calibrate_route
@@ -45,7 +45,6 @@ CUES_MAX = (
     400  # per modality: the threshold's binomial error is about one point there, and a photograph costs some 30 ms
 )
 BETA_CUES_MAX = 64  # per modality, beside these: the gate's β only has to be of the right size
-MARGIN_SHARE = 0.95  # share of the declared cues whose own memory auto β must settle on
 STORED_SAMPLE = 64  # patterns that the margin of an uncalibrated modality is estimated on
 ROUTE_PREFIX = "route:"  # before the modality, where storage keeps a route
 QUIET_S = 1.0  # calibration starts when no write has come for this long,
@@ -78,7 +77,7 @@ def stored_margin(
         rows = view.sample(STORED_SAMPLE, SEED)
         parts = torch.split(view.gather(rows[:, None], raw=by.raw)[:, 0], list(live.blocks.widths), dim=1)
         cue = {name: part for name, part in zip(live.spaces, parts, strict=True) if name in spaces}
-        scores = by.search(view, cue, _weights(live, spaces), 2).scores
+        scores = by.search(view, cue, live.weights_of(spaces), 2).scores
         margins = scores[:, 0] - scores[:, 1]
         margins = margins[margins.isfinite()]  # a memory that lacks these spaces finds nothing, itself included
         margin = float(margins.median()) if len(margins) else None
@@ -114,7 +113,7 @@ def calibrate_collection(
     """
     view, changed_rows = live.bank.view(), live.changed_rows
     rows = view.sample(min(CUES_MAX, view.count), SEED)
-    ids = [memory_id for line in view.ids(rows[:, None]) for memory_id in line if memory_id is not None]
+    ids = ids_at(view, rows)
     every_plan = list(plans(live))
     drawn: dict[str, KnownCues] = {}
     for_beta: dict[str, KnownCues] = {}
@@ -167,7 +166,7 @@ def _calibrate_modality(
     if not drawn.owners:
         record.refused = "the memories of all its known cues are gone"
         return gate
-    weights = _weights(live, cue)
+    weights = live.weights_of(cue)
     own = view.rows_of(drawn.owners)
     without = view.search(cue, weights, SUPPORT, exclude=own)
     margins = _own_scores(live, view, drawn) - without.scores[:, 0]
@@ -227,7 +226,7 @@ def _with_negatives(live: LiveCollection, view: View, gate: Gate, for_beta: Know
     boosting = 0 if gate.negatives is None else len(gate.negatives) // 2
     if not boosting or for_beta is None or not for_beta.owners:
         return gate
-    found = view.search(for_beta.cues, _weights(live, for_beta.cues), SUPPORT)
+    found = view.search(for_beta.cues, live.weights_of(for_beta.cues), SUPPORT)
     plain = _score(live, view, gate, for_beta.cues, found)
     background = plain.quantile(1.0 - gate.record.target_tpr, interpolation="lower")
     return gate.boosted(live, boosting, float(background))
@@ -274,7 +273,7 @@ def _gate_beta(
 ) -> float:
     """Auto β, from cues that the threshold is not set by; where none could be made, from the stored patterns."""
     if for_beta is not None and for_beta.owners:
-        rival = view.search(for_beta.cues, _weights(live, spaces), 1, exclude=view.rows_of(for_beta.owners))
+        rival = view.search(for_beta.cues, live.weights_of(spaces), 1, exclude=view.rows_of(for_beta.owners))
         margins = (_own_scores(live, view, for_beta) - rival.scores[:, 0]).double()
     else:
         margin = stored_margin(live, view, spaces)
@@ -286,10 +285,6 @@ def _own_scores(live: LiveCollection, view: View, drawn: KnownCues) -> Tensor:
     """The score of each cue's own memory."""
     state, observed = whole_state(live, drawn.cues)
     return scores(live.blocks, view.gather(view.rows_of(drawn.owners)[:, None]), state, observed)[:, 0]
-
-
-def _weights(live: LiveCollection, spaces: Iterable[str]) -> dict[str, float]:
-    return {name: live.spaces[name].weight for name in spaces}
 
 
 def _score(live: LiveCollection, view: View, gate: Gate, cue: Mapping[str, Tensor], found: Found) -> Tensor:
@@ -306,7 +301,7 @@ def _negatives_record(
     """How many of the negatives that are not in the score are let in; and how many would be, were none in it."""
     boosting = 0 if gate.opposed is None else len(gate.opposed)
     cue = negatives.tensors(slice(boosting, None))
-    found = view.search(cue, _weights(live, cue), SUPPORT)
+    found = view.search(cue, live.weights_of(cue), SUPPORT)
     assert gate.record.log_lambda is not None
     plain = replace(gate, opposed=None)
     try:

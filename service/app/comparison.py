@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from service.app.live import LiveCollection
 
 
+SCORE_ERROR = 1e-6  # float32 rounding of a cosine over some thousand values, or of a distance as a share of ‖ξ‖²
+
+
 @dataclass(frozen=True, eq=False)
 class ActiveKernel:
     """A kernel in use; `number` counts the kernels of its space."""

@@ -38,7 +38,7 @@ def warn_encoded(live: LiveCollection, ids: Sequence[str], vectors: Sequence[Mem
     warnings: list[list[str]] = [[] for _ in ids]
     for spaces, members in _groups(live, vectors):
         cue = {name: torch.from_numpy(np.stack([vectors[i][name] for i in members])) for name in spaces}
-        weights = {name: live.spaces[name].weight for name in spaces}
+        weights = live.weights_of(spaces)
         rows = view.search(cue, weights, 1, exclude=view.rows_of([ids[i] for i in members])).rows
         names = [name for (name,) in view.ids(rows)]
         new = torch.zeros(len(members), live.layout.dimension)
@@ -110,7 +110,7 @@ def _compared(
     live: LiveCollection, patterns: Float[Tensor, "n d"], spaces: Sequence[str]
 ) -> Float[Tensor, "n d_spaces"]:
     """The blocks of `spaces`, scaled so that squared distances add up by the spaces' weights."""
-    total = sum(live.spaces[name].weight for name in spaces)
+    total = sum(live.weights_of(spaces).values())
     return torch.cat(
         [
             patterns[:, part] * math.sqrt(live.spaces[name].weight / total)

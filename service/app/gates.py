@@ -32,6 +32,7 @@ from service.core.gate import boosted, follow, log_mass, prototypes
 from service.core.interaction import learning
 from service.errors import CalibrationRefused
 
+MARGIN_SHARE = 0.95  # share of the declared cues whose own memory auto β must settle on
 SUPPORT = 64  # rows whose mass the gate sums, in calibration and in recall alike
 PATH_STEPS = 8  # steps of the gate's own dynamics: it is nearly always at rest after one or two
 PATH_VALUES_MAX = 4 * 2**20  # values (16 MB) of rows gathered at once to walk from
@@ -143,7 +144,7 @@ def weighted(live: LiveCollection, patterns: Tensor, spaces: Sequence[str]) -> T
     """The blocks of `spaces` out of (…, d) normalised patterns, scaled so that a dot product of two rows is their
     score.
     """
-    total = sum(live.spaces[name].weight for name in spaces)
+    total = sum(live.weights_of(spaces).values())
     parts = zip(live.spaces.values(), torch.split(patterns, list(live.blocks.widths), dim=-1), strict=True)
     return torch.cat([part * math.sqrt(s.weight / total) for s, part in parts if s.name in spaces], dim=-1)
 

@@ -23,7 +23,7 @@ from service.app.calibrate import CUES_MAX
 from service.app.comparison import Comparison, comparisons
 from service.app.gates import SEED
 from service.app.kernel_schemas import TrainKernel, TrialRow
-from service.app.known_cues import KnownCues, Plan, draw
+from service.app.known_cues import KnownCues, Plan, draw, ids_at
 from service.app.live import LiveCollection, Space
 from service.app.resources import Resources
 from service.app.routes import Evidence, fit_choice, gather_evidence, halves, picked_min
@@ -137,8 +137,8 @@ class Trial:
         choice was fitted on.
         """
         columns: dict[str, list[Tensor]] = {name: [] for name in ("kinds", "before", "others", "chosen", "oracle")}
-        alone: dict[str, list[Tensor]] = {}
-        for done, group in enumerate(self.groups):
+        alone: list[dict[str, Tensor]] = []
+        for group in self.groups:
             own = view.rows_of(group.owners)
             there = torch.nonzero(own >= 0).flatten()
             own, cues = own[there], {name: block[there] for name, block in group.cues.items()}
@@ -152,28 +152,24 @@ class Trial:
             for name, kernels, raw in (("before", before, False), ("others", before, True)):
                 earlier = _evidence(live, group.ways(live, kernels, raw), view, cues, beat)
                 columns[name].append(_chosen(earlier, own, fitting, testing, live))
-            shares: dict[str, Tensor] = {way.name: right[:, column] for column, way in enumerate(ways)}
             whitened = group.ways(live, {self.space.name: white})[1]
-            shares_white = _evidence(live, [whitened], view, cues, beat).right(own)[testing, 0]
-            for name, found in {"whitening": shares_white, **shares}.items():
-                alone.setdefault(name, [torch.zeros(0)] * done).append(found.double())
-            for name in alone:  # NaN: not used for these cues
-                if len(alone[name]) <= done:
-                    alone[name].append(torch.full((len(testing),), torch.nan, dtype=torch.float64))
+            found = {"whitening": _evidence(live, [whitened], view, cues, beat).right(own)[testing, 0]}
+            alone.append(found | {way.name: right[:, column] for column, way in enumerate(ways)})
         return self._verdict(columns, alone)
 
-    def _verdict(self, columns: dict[str, list[Tensor]], alone: dict[str, list[Tensor]]) -> Verdict:
+    def _verdict(self, columns: dict[str, list[Tensor]], alone: list[dict[str, Tensor]]) -> Verdict:
         if not self.groups:
             return Verdict([], 0, 0, 0, 0)
         joined = {name: torch.cat(parts) for name, parts in columns.items()}
-        lengths = [len(part) for part in columns["kinds"]]
-        by = {}
-        for name, parts in alone.items():
-            filled = [
-                part if len(part) == length else torch.full((length,), torch.nan, dtype=torch.float64)
-                for part, length in zip(parts, lengths, strict=True)
-            ]
-            by[name] = torch.cat(filled)
+        by = {
+            name: torch.cat(
+                [
+                    group[name].double() if name in group else torch.full((len(kinds),), torch.nan, dtype=torch.float64)
+                    for group, kinds in zip(alone, columns["kinds"], strict=True)
+                ]
+            )
+            for name in dict.fromkeys(name for group in alone for name in group)  # NaN: not used for these cues
+        }
         table = []
         for position, kind in enumerate(self.kinds):
             these = joined["kinds"] == position
@@ -201,7 +197,7 @@ def _evidence(
     live: LiveCollection, ways: Sequence[Comparison], view: View, cues: Mapping[str, Tensor], beat: Callable[[], None]
 ) -> Evidence:
     """As `gather_evidence`, with a beat between parts of it."""
-    weights = {name: live.spaces[name].weight for name in cues}
+    weights = live.weights_of(cues)
     count = len(next(iter(cues.values())))
     parts = []
     for start in range(0, max(count, 1), SEARCHED_AT_ONCE):
@@ -231,7 +227,7 @@ def make_trial(
 ) -> Trial:  # fmt: skip
     chosen = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(SEED + 1))[:TRIAL_CUES]]
     began = time.monotonic()
-    groups = _make(resources, live, space, kinds, _ids(view, chosen), TRIAL_CUES, TRIAL_TURN, None, progress)
+    groups = _make(resources, live, space, kinds, ids_at(view, chosen), TRIAL_CUES, TRIAL_TURN, None, progress)
     made = sum(len(group.owners) for group in groups)
     return Trial(kinds, space, groups, (time.monotonic() - began) / max(1, made))
 
@@ -258,7 +254,9 @@ def make_lesson(
         return Lesson(patterns, _fresh(patterns, kinds, need), 0)
     affordable = int(MAKING_S_MAX / max(trial.seconds_per_cue, 1e-6))
     most = max(MEMORIES_MIN, min(len(rows), VALUES_MAX // space.dimension // len(kinds), affordable // len(kinds)))
-    stock = _make(resources, live, space, kinds, _ids(view, rows[:most]), most, STOCK_TURN, {space.name: 1.0}, progress)
+    stock = _make(
+        resources, live, space, kinds, ids_at(view, rows[:most]), most, STOCK_TURN, {space.name: 1.0}, progress
+    )
     owners = [owner for group in stock for owner in group.owners]
     places = {memory_id: place for place, memory_id in enumerate(dict.fromkeys(owners))}
     kept = view.rows_of(places)
@@ -314,10 +312,6 @@ def _from_stock(vectors: Tensor, table: Tensor, need: Tensor) -> Draw:
 def _patterns(live: LiveCollection, view: View, space: Space, rows: Tensor) -> Tensor:
     part = live.blocks.slices[list(live.spaces).index(space.name)]
     return torch.cat([view.gather(some[None])[0, :, part] for some in torch.split(rows, 1024)])
-
-
-def _ids(view: View, rows: Tensor) -> list[str]:
-    return [memory_id for line in view.ids(rows[:, None]) for memory_id in line if memory_id is not None]
 
 
 def _share(right: Tensor, these: Tensor) -> float:

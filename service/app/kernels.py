@@ -21,13 +21,13 @@ from service.app.comparison import ActiveKernel
 from service.app.gates import SEED
 from service.app.kernel_schemas import KernelInfo, KernelList, KernelRecord, LossPoint, TrainKernel
 from service.app.kernel_trial import MEMORIES_MIN, VALUES_MAX, make_lesson, make_trial, source_of
-from service.app.known_cues import Supplied
+from service.app.known_cues import TARGET, Supplied
 from service.app.live import LiveCollection, Space
 from service.app.resources import CALIBRATE_JOB, KERNEL_JOB, Resources
 from service.bank.bank import KERNELS_MAX
 from service.core.kernel import Progress, Training, train, whitening
 from service.core.similarity import Kernel
-from service.encoders.corruption import Corruption, Target
+from service.encoders.corruption import Corruption
 from service.errors import KernelNotFound, TooBusy, TrainingRefused, UnknownSpace
 from service.storage.jobs import Job
 from service.storage.learned import KernelPut
@@ -37,7 +37,6 @@ DIMENSION_MAX = 16_384  # W of 512 rows takes 32 MB there, and a step of trainin
 CURVE_POINTS_MAX = 400
 RETIRE_WAIT_S = 5.0  # for a calibration to end
 WHITENING_RIDGE = 0.1
-TARGETS: dict[str, Target] = {"image": "image", "text": "text", "vectors": "vector"}
 
 
 def enqueue_kernel(resources: Resources, live: LiveCollection, request: TrainKernel) -> str:
@@ -187,7 +186,7 @@ def _space(live: LiveCollection, request: TrainKernel) -> Space:
 def _corruptions(live: LiveCollection, space: Space, request: TrainKernel) -> list[Corruption]:
     """Those that apply to what the space is made from."""
     kinds = request.corruptions or live.corruptions
-    applying = [kind for kind in kinds if TARGETS[source_of(space)] in kind.applies_to]
+    applying = [kind for kind in kinds if TARGET[source_of(space)] in kind.applies_to]
     if not applying:
         names = ", ".join(kind.kind for kind in kinds)
         raise TrainingRefused(

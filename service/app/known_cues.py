@@ -78,6 +78,11 @@ def plans(live: LiveCollection) -> Iterator[Plan]:
                 yield Plan(("vectors",), vectors, filled)
 
 
+def ids_at(view: View, rows: Tensor) -> list[str]:
+    """The ids of rows (n,) that the view has."""
+    return [memory_id for (memory_id,) in view.ids(rows[:, None]) if memory_id is not None]
+
+
 def draw(
     live: LiveCollection, resources: Resources, ids: Sequence[str], plan: Plan, most: int, turn: int,
     progress: Callable[[float], None], chosen: Mapping[str, float] | None = None,

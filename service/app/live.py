@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -115,6 +115,10 @@ class LiveCollection:
         self.bank.write(rows, deletes, version)
         self.changed_rows += len(deletes) + (0 if rows is None else len(rows.ids))
         self.last_write_s = time.monotonic()
+
+    def weights_of(self, spaces: Iterable[str]) -> dict[str, float]:
+        """The configured weight of each of these spaces."""
+        return {name: self.spaces[name].weight for name in spaces}
 
     @property
     def gates(self) -> Mapping[str, Gate]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from service.app.calibrate import margin_for
-from service.app.comparison import Comparison, own
+from service.app.comparison import SCORE_ERROR, Comparison, own
 from service.app.cues import CueBlocks, stack
 from service.app.gates import SUPPORT, log_masses
 from service.app.live import LiveCollection
@@ -52,7 +52,6 @@ AMBIGUOUS_WEIGHT = 0.75  # settled weight of the first under this
 OUTCOMES = {int(outcome): outcome.name.lower() for outcome in Outcome}
 REPLY_VALUES_MAX = 4 * 2**20  # numbers in one answer: as JSON some 50 MB
 MATCH_VALUES = 8  # what a match without vectors counts for
-SCORE_ERROR = 1e-6  # float32 rounding of a cosine over some thousand values
 VALUES_MAX = (
     4 * 2**20
 )  # values (16 MB) that one batch gathers: beyond the cache, and what malloc gives back, it is only slower
@@ -237,7 +236,7 @@ class _Recall:
         limit = max(options.support, options.limit)
         found = self.way.found
         if found is None:
-            weights = {space.name: space.weight for space in self.live.spaces.values()} | (options.chosen or {})
+            weights = self.live.weights_of(self.live.spaces) | (options.chosen or {})
             found = self.by.search(self.view, self.cue, weights, max(limit, SUPPORT), exact=options.exact)
         self.nearest, self.nearest_rows = found.scores[:, :SUPPORT], found.rows[:, :SUPPORT]
         self.found = Found(found.rows[:, :limit], found.scores[:, :limit], found.exact)
@@ -254,7 +253,7 @@ class _Recall:
         if wanted and gate is not None and gate.record.log_lambda is not None:
             rows, nearest = self.nearest_rows, self.nearest
             if self.way.gate_is_own:
-                weights = {name: self.live.spaces[name].weight for name in self.cue}
+                weights = self.live.weights_of(self.cue)
                 found = own(self.live).search(self.view, self.cue, weights, SUPPORT, exact=self.options.exact)
                 rows, nearest = found.rows, found.scores
             masses = log_masses(self.live, gate, self.view, self.cue, rows, nearest)

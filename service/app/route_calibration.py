@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from service.app.comparison import Comparison, comparisons
+from service.app.comparison import SCORE_ERROR, Comparison, comparisons
 from service.app.gate_schemas import CalibrationRecord, ChoiceInfo
-from service.app.gates import SEED, SUPPORT, Gate
+from service.app.gates import MARGIN_SHARE, SEED, SUPPORT, Gate
 from service.app.known_cues import KnownCues
 from service.app.live import LiveCollection
 from service.app.routes import (
@@ -27,9 +27,6 @@ from service.core.gate import calibrate, log_mass
 from service.core.similarity import Kernel
 from service.errors import CalibrationRefused
 
-MARGIN_SHARE = 0.95  # as in calibrate.py
-SCORE_ERROR = 1e-6  # float32 rounding of a cosine over some thousand values, or of a distance as a share of ‖ξ‖²
-
 
 def calibrate_route(
     live: LiveCollection, view: View, kernels: Mapping[str, Kernel], modality: str, drawn: KnownCues, gate: Gate
@@ -45,7 +42,7 @@ def calibrate_route(
     least = picked_min(gate.record.target_tpr)
     if len(among) == 1 or len(drawn.owners) < 2 * least or view.count < 2:
         return None
-    own, weights = view.rows_of(drawn.owners), {name: live.spaces[name].weight for name in cue}
+    own, weights = view.rows_of(drawn.owners), live.weights_of(cue)
     evidence = gather_evidence(among, view, cue, weights, SUPPORT)
     without = gather_evidence(among, view, cue, weights, SUPPORT, exclude=own)
     fitting, judging = halves(len(own), SEED)

@@ -101,7 +101,7 @@ class Route:
 
     def holds(self, kernels: Iterable[str]) -> bool:
         """Whether the same of the modality's spaces have a kernel now."""
-        return {name for name in spaces_of(self.info.modality) if name in set(kernels)} == set(self.under)
+        return set(spaces_of(self.info.modality)) & set(kernels) == set(self.under)
 
     @property
     def records(self) -> dict[ComparisonName, CalibrationRecord]:
@@ -238,7 +238,7 @@ def _chosen(
 ) -> Iterator[Way]:  # fmt: skip
     dense = options.support == "dense"
     limit = 2 if dense else max(int(options.support), options.limit, SUPPORT)
-    weights = {name: live.spaces[name].weight for name in cue}
+    weights = live.weights_of(cue)
     evidence = gather_evidence(among, view, cue, weights, limit, exact=options.exact)
     picked, probability = route.pick(evidence)
     for column, comparison in enumerate(among):
