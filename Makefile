@@ -32,7 +32,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Engram needs Python 3.11 or newer; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,clip,demo,dev,papers]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,clip,latents,sentences,demo,dev,papers]'
 	touch $@
 
 demo: setup
