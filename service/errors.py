@@ -179,8 +179,20 @@ class StorageUnavailable(Unavailable):
     code, title = "storage_unavailable", "The data folder cannot be written"
 
 
+class OutOfMemory(EngramError):
+    status, code, title = 507, "out_of_memory", "There is not enough memory for the encoder"
+
+
 class WeightsMissing(Unavailable):
     code, title = "weights_missing", "An encoder's weights are not on this machine"
+
+
+class WeightsRefused(Unavailable):
+    code, title = "weights_refused", "An encoder's weights are not what they are said to be"
+
+
+class DeviceMissing(Unavailable):
+    code, title = "device_missing", "The device that encoders shall run on is not there"
 
 
 # --- met on the command line ------------------------------------------------------------------------------------------

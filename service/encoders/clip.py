@@ -16,8 +16,6 @@ Rules:
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from typing import Self
 
@@ -28,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from service.encoders.protocol import Encoded, Picture, Source
 from service.encoders.visible import visible_part
+from service.encoders.weights import digest
 from service.errors import EmptyText, WeightsMissing
 
 BATCH = 16
@@ -83,7 +82,8 @@ class OpenClip:
         self._device = torch.device(device)
         self._context_length = int(self._tokenizer.context_length)
         self.dimension = int(self.encode_texts(["a"]).vectors.shape[1])
-        self.fingerprint = f"open_clip/1:{_digest(self._model, self._preprocess, self._context_length)}"
+        weights = digest(self._model.state_dict(), self._model, self._preprocess, self._context_length)
+        self.fingerprint = f"open_clip/1:{weights}"
 
     def encode_images(self, pictures: Sequence[Picture]) -> Encoded:
         """(batch) pictures → (batch, dimension). Raises `NothingObserved`."""
@@ -123,14 +123,3 @@ def _way_out(options: OpenClipOptions) -> str:
     if options.model.startswith("local-dir:"):
         return "The folder needs open_clip_config.json and open_clip_model.safetensors (or open_clip_pytorch_model.bin)"
     return "With no network: put the model's folder on this machine and name it as local-dir:/folder"
-
-
-def _digest(model: torch.nn.Module, preprocess: object, context_length: int) -> str:
-    """Everything that decides the numbers: tensors by name, the architecture, the preprocessing, the text length."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        values = tensor.detach().cpu().contiguous()
-        digest.update(json.dumps([name, str(values.dtype), list(values.shape)]).encode())
-        digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
-    digest.update(f"{model}|{preprocess}|{context_length}".encode())
-    return digest.hexdigest()[:32]

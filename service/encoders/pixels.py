@@ -20,26 +20,22 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from service.encoders.cells import PIXELS_AT_ONCE, cell_means, observed_means
+from service.encoders.fit import fit_warnings
 from service.encoders.protocol import Encoded, Picture, Source
-from service.errors import InvalidRequest, NothingObserved, WrongDimension
+from service.encoders.visible import observed_cells
+from service.errors import InvalidRequest, WrongDimension
 
 MEAN_WEIGHT = 1 / 32
 """What is left of the mean: so little that cosine hardly sees it, enough for fp16 to return it to within 1/255."""
 
 MEAN_OFFSET = 1 / 8
 """Keeps a uniform picture, a black one too, from becoming the zero vector."""
-
-OBSERVED_SHARE_MIN = 0.5
-"""A cell counts from this observed share on: under it, what is hidden would decide more than what is seen."""
-
-PIXELS_AT_ONCE = 1 << 20
-"""Pixels averaged in one piece: bounds the float32 copy of a large picture, or of a stack of small ones, to 12 MB."""
 
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 """Grey from RGB, ITU-R BT.601."""
@@ -74,16 +70,15 @@ class Pixels:
         """
         vectors = np.empty((len(pictures), self.dimension), dtype=np.float32)
         for positions in _stacks(pictures):
-            thumbnails = _thumbnails(np.stack([pictures[i].pixels for i in positions]), self._size)
+            thumbnails = cell_means(np.stack([pictures[i].pixels for i in positions]), self._size)
             vectors[positions] = self._latents(thumbnails, None)
         for i, picture in enumerate(pictures):
             if picture.observed is not None:
-                thumbnail, seen = _masked_thumbnail(picture.pixels, picture.observed, self._size)
-                if not seen.any():
-                    detail = f"no cell of the {self._size}x{self._size} thumbnail is at least half observed"
-                    raise NothingObserved(detail)
+                seen = observed_cells(picture, self._size)
+                thumbnail = observed_means(picture.pixels, picture.observed, self._size)
                 vectors[i] = self._latents(thumbnail[None], seen[None])[0]
-        return Encoded(vectors, ((),) * len(pictures))
+        sizes = [picture.pixels.shape[:2] for picture in pictures]
+        return Encoded(vectors, tuple(fit_warnings(height, width, "stretched") for height, width in sizes))
 
     def encode_texts(self, texts: Sequence[str]) -> Encoded:
         """Raises `InvalidRequest`: pixels takes images only (`takes`)."""
@@ -124,57 +119,3 @@ def _stacks(pictures: Sequence[Picture]) -> list[list[int]]:
         count = max(1, PIXELS_AT_ONCE // (height * width))
         stacks += [positions[start : start + count] for start in range(0, len(positions), count)]
     return stacks
-
-
-LENGTH_CACHED_MAX = 4096
-"""Longer sides are rare and their matrices large: so the cache's 64 entries stay under 128 MB."""
-
-
-def _averaging(length: int, size: int) -> NDArray[np.float32]:
-    return _averaging_cached(length, size) if length <= LENGTH_CACHED_MAX else _averaging_matrix(length, size)
-
-
-@lru_cache(maxsize=64)  # a collection's pictures share few side lengths
-def _averaging_cached(length: int, size: int) -> NDArray[np.float32]:
-    return _averaging_matrix(length, size)
-
-
-def _averaging_matrix(length: int, size: int) -> NDArray[np.float32]:
-    """(size, length): row i holds the share of cell i's extent that each of `length` pixels covers; rows sum to 1."""
-    edges = np.arange(size + 1, dtype=np.float64) * (length / size)
-    starts = np.arange(length, dtype=np.float64)
-    overlap = np.minimum(edges[1:, None], starts + 1) - np.maximum(edges[:-1, None], starts)
-    return (overlap.clip(min=0.0) * (size / length)).astype(np.float32)
-
-
-def _averaged(values: NDArray[np.float32], rows: NDArray[np.float32], size: int) -> NDArray[np.float32]:
-    """(n, height, width, channels) → (n, size, size, channels), by `rows` (size, height) and the averaging of the
-    width.
-    """
-    count, height, width, channels = values.shape
-    down = (rows @ values.reshape(count, height, width * channels)).reshape(count, size, width, channels)
-    averaged: NDArray[np.float32] = _averaging(width, size) @ down
-    return averaged
-
-
-def _thumbnails(pixels: NDArray[np.uint8], size: int) -> NDArray[np.float32]:
-    """(n, height, width, 3) uint8 → (n, size, size, 3) cell means in [0, 1], by bands of rows to bound the copy."""
-    height, width = pixels.shape[1:3]
-    rows = _averaging(height, size)
-    band = max(1, PIXELS_AT_ONCE // (width * len(pixels)))
-    total = np.zeros((len(pixels), size, size, pixels.shape[3]), dtype=np.float32)
-    for start in range(0, height, band):
-        part = pixels[:, start : start + band].astype(np.float32)
-        total += _averaged(part, rows[:, start : start + band], size)
-    return total / np.float32(255.0)
-
-
-def _masked_thumbnail(
-    pixels: NDArray[np.uint8], observed: NDArray[np.bool_], size: int
-) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Cell means over the observed pixels (size, size, 3), and whether each cell (size, size) counts."""
-    shown = np.where(observed[..., None], pixels, np.uint8(0))
-    share = _thumbnails(np.where(observed, np.uint8(255), np.uint8(0))[None, ..., None], size)[0]
-    seen = share[..., 0] >= OBSERVED_SHARE_MIN - 1e-6  # float32 sums of exact halves land a rounding below
-    means = _thumbnails(shown[None], size)[0] / np.where(seen[..., None], share, np.float32(1.0))
-    return means.astype(np.float32), seen

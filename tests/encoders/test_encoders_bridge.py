@@ -21,7 +21,7 @@ from service.encoders.bridge import CLASSES_KEPT, Bridge, BridgeOptions, imagene
 from service.encoders.picture import read_picture
 from service.encoders.protocol import Encoder, Picture
 from service.encoders.weights import PackagedFile
-from service.errors import EmptyText, NothingObserved, WeightsMissing
+from service.errors import EmptyText, NothingObserved, WeightsMissing, WeightsRefused
 
 SKIMAGE = Path(skimage.__file__).parent / "data"
 SKLEARN = Path(sklearn.datasets.__file__).parent / "images"
@@ -198,6 +198,8 @@ def test_the_packaged_weights_are_the_pinned_ones(weights: PackagedFile) -> None
 
 
 def test_missing_or_changed_weights_say_what_to_install() -> None:
-    for module, path in (("no_such_module", "x"), ("skimage", "no/such/file"), ("skimage", "data/README.txt")):
+    for module, path in (("no_such_module", "x"), ("skimage", "no/such/file")):
         with pytest.raises(WeightsMissing, match="pip install thing==1"):
             PackagedFile(module, path, "0" * 64, "thing==1").read()
+    with pytest.raises(WeightsRefused, match="pip install thing==1"):
+        PackagedFile("skimage", "data/README.txt", "0" * 64, "thing==1").read()
