@@ -156,6 +156,14 @@ class EncoderMismatch(Conflict):
     code, title = "encoder_mismatch", "The collection's patterns were made by another encoder"
 
 
+class EncodersChanged(Conflict):
+    code, title = "encoders_changed", "An encoder of the collection has changed meanwhile"
+
+
+class OriginalsMissing(Conflict):
+    code, title = "originals_missing", "Memories cannot be encoded again: their originals are missing"
+
+
 class FolderInUse(Conflict):
     code, title = "folder_in_use", "Another process owns this data folder"
 

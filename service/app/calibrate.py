@@ -324,9 +324,9 @@ def run_calibrate_job(resources: Resources, job: Job, beat: Callable[[float], No
     waiting_since = time.monotonic()
     while (now := time.monotonic()) - live.last_write_s < QUIET_S and now - waiting_since < QUIET_WAIT_MAX_S:
         time.sleep(0.05)
-    live.calibration_job = None  # what is written from here on may ask for another
-    supplied, skipped = supplied_with(live, resources, job)
-    with live.learning:
+    with resources.learning(job.collection_id) as live:
+        live.calibration_job = None  # what is written from here on may ask for another
+        supplied, skipped = supplied_with(live, resources, job)
         kernels = live.learned.kernels
         under = {name: active.kernel for name, active in kernels.items()}
         calibration = calibrate_collection(live, resources, under, beat, supplied)

@@ -53,6 +53,7 @@ from service.storage.blobs import Blobs
 from service.storage.database import Database
 from service.storage.folder import DataFolder
 from service.storage.jobs import Job
+from service.storage.memories import Deleted
 from service.storage.repository import Repository
 from service.storage.writer import Writer
 
@@ -241,11 +242,15 @@ class Engine:
     def delete_memories(self, name: str, ids: Sequence[str]) -> DeleteReply:
         """Ids that are not there are left out of the answer."""
         live = self.resources.live(name)
-        deleted = self.repository.delete_memories(
-            live.id, ids, then=lambda deleted: live.follow(None, deleted.ids, deleted.version)
-        )
+        live.wait_writable()
+
+        def follow(deleted: Deleted) -> None:
+            # The collection as it is by now: its encoders may have changed a commit ago.
+            self.resources.live_by_id(live.id).follow(None, deleted.ids, deleted.version)
+
+        deleted = self.repository.delete_memories(live.id, ids, then=follow)
         if deleted.ids:
-            self.resources.after_write(live)
+            self.resources.after_write(self.resources.live_by_id(live.id))
         return DeleteReply(version=deleted.version, deleted=list(deleted.ids))
 
     def count(self, name: str) -> CountReply:

@@ -28,7 +28,7 @@ from service.bank.bank import KERNELS_MAX
 from service.core.kernel import Progress, Training, train, whitening
 from service.core.similarity import Kernel
 from service.encoders.corruption import Corruption
-from service.errors import KernelNotFound, TooBusy, TrainingRefused, UnknownSpace
+from service.errors import EncodersChanged, KernelNotFound, TooBusy, TrainingRefused, UnknownSpace
 from service.storage.jobs import Job
 from service.storage.learned import KernelPut
 
@@ -122,8 +122,9 @@ def listed(resources: Resources, live: LiveCollection) -> KernelList:
 def retire(resources: Resources, live: LiveCollection, kernel_id: str) -> None:
     """Go on without a kernel: cues are compared as they were before it. Raises `KernelNotFound`."""
     if not live.learning.acquire(timeout=RETIRE_WAIT_S):
-        raise TooBusy(f"{live.name} is being calibrated; its kernels change after that", retry_after_s=10)
+        raise TooBusy(f"{live.name} is being calibrated or re-encoded; its kernels change after that", retry_after_s=10)
     try:
+        _check_current(resources, live)
         active = live.learned.by_id(kernel_id)
         if active is None:
             raise KernelNotFound(f"no kernel {kernel_id} is in use in {live.name}")
@@ -144,6 +145,7 @@ def _swap_in(
         progress(0.0)  # a calibration under way takes its time; the lease is kept meanwhile
     # Held, so that no calibration under the former kernels ends after the swap, and none is retired meanwhile.
     try:
+        _check_current(resources, live)
         kernels = _in_use(live) | {record.space: kernel}
         calibration = calibrate_collection(live, resources, kernels, progress, Supplied.before(live))
         progress(1.0)  # the last look at whether the job is still wanted
@@ -159,6 +161,12 @@ def _swap_in(
         )  # fmt: skip
     finally:
         live.learning.release()
+
+
+def _check_current(resources: Resources, live: LiveCollection) -> None:
+    """To be asked while its `learning` is held, under which encoders change. Raises `EncodersChanged`."""
+    if resources.live_by_id(live.id) is not live:
+        raise EncodersChanged(f"an encoder of {live.name} has changed meanwhile; start again")
 
 
 def _in_use(live: LiveCollection) -> dict[str, Kernel]:

@@ -31,7 +31,7 @@ STALE_SHARE = (
 # A fixed interaction matrix does not grow with the memories, so its threshold does not drift with their number; but
 # once half of them are others than it was made from, it stands for what is no longer there.
 STALE_SHARE_FIXED = 0.5
-FOLLOW_TIMEOUT_S = 30.0  # longest wait for the commit before ours to reach the bank
+WRITABLE_WAIT_S = 10.0  # writes wait no longer for a re-encoding to catch up: it tries again then
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,34 @@ class Learned:
         return next((kernel for kernel in self.kernels.values() if kernel.id == kernel_id), None)
 
 
+class Changed:
+    """The ids written or deleted while somebody keeps a copy of a collection: noted by the writer's thread, taken by
+    whoever brings the copy up to date. Takes a string per memory at most.
+    """
+
+    def __init__(self) -> None:
+        self._ids: set[str] = set()
+        self._lock = threading.Lock()
+
+    def note(self, ids: Iterable[str]) -> None:
+        with self._lock:
+            self._ids.update(ids)
+
+    def take(self) -> list[str]:
+        with self._lock:
+            taken, self._ids = self._ids, set()
+        return list(taken)
+
+
 class LiveCollection:
+    """One collection under its encoders of one generation. When an encoder changes, another one takes its place (see
+    `reencode`), and this one stays as it was for the recalls that hold it.
+    """
+
     def __init__(self, row: Collection, config: CollectionConfig, spaces: dict[str, Space], device: str) -> None:
         self.id = row.id
         self.name = row.name
+        self.generation = row.generation
         self.created_at = row.created_at
         self.config = config
         self.spaces = spaces
@@ -107,14 +131,25 @@ class LiveCollection:
         self.margins: dict[tuple[str, ...], tuple[int, float | None]] = {}  # see calibrate.stored_margin
         self._retired: list[Kernel] = []
         self.last_write_s = 0.0  # monotonic; calibration waits for quiet
+        self.changed: Changed | None = None  # where a re-encoding follows
+        self.writable = threading.Event()  # cleared for the moment in which a re-encoding catches up for good
+        self.writable.set()
         self.sealing = threading.Lock()
         self.calibration_job: str | None = None  # a calibration that has not looked at the bank yet
 
     def follow(self, rows: Rows | None, deletes: Sequence[str], version: int) -> None:
         """Bring a commit to the bank. Called by storage in the order of the commits."""
+        if self.changed is not None:  # before the bank is at this version: who saw it there finds the ids here
+            self.changed.note([*deletes, *(() if rows is None else rows.ids)])
         self.bank.write(rows, deletes, version)
         self.changed_rows += len(deletes) + (0 if rows is None else len(rows.ids))
         self.last_write_s = time.monotonic()
+
+    def wait_writable(self) -> None:
+        """Before a write: wait while a re-encoding catches up for good. It only helps that to end; what keeps former
+        vectors out is the generation.
+        """
+        self.writable.wait(WRITABLE_WAIT_S)
 
     def weights_of(self, spaces: Iterable[str]) -> dict[str, float]:
         """The configured weight of each of these spaces."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,15 @@ class Resources:
         self.lives[live.name] = live
         self.metrics.memories.labels(live.name).set_function(lambda: live.bank.view().count)
 
+    def replace(self, live: LiveCollection) -> None:
+        """Let a collection under changed encoders take the place of the former, for whoever asks from now on. Called by
+        storage.
+        """
+        former = self._by_id.get(live.id)
+        if former is not None:  # else deleted meanwhile
+            live.calibration_job = former.calibration_job
+            self.add(live)
+
     def remove(self, live: LiveCollection) -> None:
         """Forget a collection that is gone from SQL, and tell whoever waits for its jobs."""
         if self.lives.get(live.name) is live:  # the name may be another's by now
@@ -76,6 +86,16 @@ class Resources:
         if live is None:
             raise CollectionNotFound("the collection was deleted meanwhile")
         return live
+
+    @contextmanager
+    def learning(self, collection_id: int) -> Iterator[LiveCollection]:
+        """The collection, of which nothing is learned by others and no encoder changes while the block runs."""
+        while True:
+            live = self.live_by_id(collection_id)
+            with live.learning:
+                if self._by_id.get(collection_id) is live:
+                    yield live
+                    return
 
     # --- jobs ---
 

@@ -30,7 +30,7 @@ from service.app.resources import Resources
 from service.app.schemas import MemoryInput, Problem, StoredItem, StoreReply, StoreRequest
 from service.bank import Rows
 from service.encoders.picture import media_type, read_picture
-from service.errors import EmptyText, EngramError, InvalidRequest
+from service.errors import EmptyText, EncodersChanged, EngramError, InvalidRequest
 from service.storage.jobs import ItemAnswer, Job, JobItem, JobItems, NewItem
 from service.storage.memories import MemoryWrite, Written
 
@@ -78,7 +78,7 @@ def accept(resources: Resources, live: LiveCollection, request: StoreRequest) ->
     version = None
     if ready:
         writes = [MemoryWrite(item.id, payload=item.payload, vectors=item.vectors) for _, item in ready]
-        written = commit(resources, live, writes)
+        live, written = _commit_ready(resources, live, writes)
         version = written.version
         warned = warn_equal(live, [item.id for _, item in ready], [item.vectors for _, item in ready])
         for (position, _), status, warnings in zip(ready, written.statuses, warned, strict=True):
@@ -121,10 +121,12 @@ def run_store_job(resources: Resources, job: Job, beat: Callable[[float], None])
     first not answered.
     """
     assert job.collection_id is not None
-    live = resources.live_by_id(job.collection_id)
     total = job.payload["items"]
     while items := resources.repository.pending_items(job.id, ENCODE_BATCH):
-        _store_batch(resources, live, job, items)
+        try:
+            _store_batch(resources, resources.live_by_id(job.collection_id), job, items)
+        except EncodersChanged:
+            continue  # those not committed are encoded again, by the encoder there is now
         beat(min(1.0, (items[-1].position + 1) / total))
     version, answered = _answers(resources, job.id)
     return {"version": version, "results": answered}
@@ -178,7 +180,11 @@ def _store_batch(resources: Resources, live: LiveCollection, job: Job, items: Se
 def commit(
     resources: Resources, live: LiveCollection, writes: Sequence[MemoryWrite], job: JobItems | None = None
 ) -> Written:
-    """Commit memories (with their job items' answers, in one transaction); the bank follows before anybody is told."""
+    """Commit memories (with their job items' answers, in one transaction); the bank follows before anybody is told.
+
+    Raises `EncodersChanged` where `live` is the collection under former encoders: nothing is written then.
+    """
+    live.wait_writable()
     rows = Rows(
         ids=[write.id for write in writes],
         vectors={
@@ -188,11 +194,22 @@ def commit(
         payloads=[None if write.payload is None else orjson.dumps(write.payload) for write in writes],
     )
     written = resources.repository.put_memories(
-        live.id, writes, job, then=lambda written: live.follow(rows, [], written.version)
+        live.id, writes, job, then=lambda written: live.follow(rows, [], written.version), generation=live.generation
     )
     resources.metrics.stored.labels(live.name).inc(len(writes))
     resources.after_write(live)
     return written
+
+
+def _commit_ready(
+    resources: Resources, live: LiveCollection, writes: Sequence[MemoryWrite]
+) -> tuple[LiveCollection, Written]:
+    """Commit memories of the callers' vectors, which no encoder makes; and the collection that took them."""
+    while True:
+        try:
+            return live, commit(resources, live, writes)
+        except EncodersChanged:
+            live = resources.live_by_id(live.id)
 
 
 @cache

@@ -191,11 +191,11 @@ class Jobs:
     def finish(self, id_: str, result: dict[str, Any]) -> bool:
         """The job is done. False (and nothing changes) if it no longer runs: cancelled, deleted, or finished by
         another."""
-        return self._writer.submit(lambda connection: _end(connection, id_, "done", progress=1.0, result=result))
+        return self._writer.submit(lambda connection: end_job(connection, id_, "done", progress=1.0, result=result))
 
     def fail(self, id_: str, error: dict[str, Any]) -> bool:
         """The job cannot be done; `error` is {"code", "detail"}. False (and nothing changes) if it no longer runs."""
-        return self._writer.submit(lambda connection: _end(connection, id_, "failed", error=error))
+        return self._writer.submit(lambda connection: end_job(connection, id_, "failed", error=error))
 
     def cancel(self, id_: str) -> Job:
         """Cancel a job that is queued or running; one cancelled before stays so. What it has already done is kept.
@@ -207,7 +207,7 @@ class Jobs:
             job = _get(connection, id_)
             if job.status in ENDED and job.status != "cancelled":
                 raise Conflict(f"The operation {id_} has ended: {job.status}.")
-            _end(connection, id_, "cancelled")
+            end_job(connection, id_, "cancelled")
             return _get(connection, id_)
 
         return self._writer.submit(run)
@@ -293,8 +293,8 @@ def answer_items(connection: Connection, job_id: str, answers: Sequence[ItemAnsw
         raise Conflict(f"Items of the operation {job_id} have been answered before.")
 
 
-def _end(connection: Connection, id_: str, status: Status, **values: Any) -> bool:
-    """Move a job to an end from where that is allowed; whether it was."""
+def end_job(connection: Connection, id_: str, status: Status, **values: Any) -> bool:
+    """Move a job to an end from where that is allowed, in the caller's transaction; whether it was."""
     begins: tuple[Status, ...] = ("queued", "running") if status == "cancelled" else ("running",)
     query = (
         update(jobs)

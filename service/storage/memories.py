@@ -18,12 +18,26 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Connection, LargeBinary, Row, bindparam, delete, func, insert, select, type_coerce, union, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    LargeBinary,
+    Row,
+    and_,
+    bindparam,
+    delete,
+    func,
+    insert,
+    select,
+    type_coerce,
+    union,
+    update,
+)
 
-from service.errors import CollectionNotFound, MemoryNotFound
+from service.errors import CollectionNotFound, EncodersChanged, MemoryNotFound
 from service.storage.database import Database
 from service.storage.jobs import ItemAnswer, JobItems, answer_items
-from service.storage.tables import collections, job_items, memories, patterns
+from service.storage.tables import collections, job_items, jobs, memories, pattern_drafts, patterns
 from service.storage.writer import Writer
 
 Vector = NDArray[np.float32]
@@ -96,6 +110,20 @@ class PatternStream:
     chunks: Iterator[PatternChunk]
 
 
+@dataclass(frozen=True)
+class Drafted:
+    """A job's drafts of a space (see `drafts`)."""
+
+    space: str
+    job_id: str
+
+    def of_memory(self, drafts: Any) -> ColumnElement[bool]:
+        """That a row of (an alias of) the drafts is this job's, and of the memory as it is."""
+        key = select(jobs.c.key).where(jobs.c.id == self.job_id).scalar_subquery()
+        c = drafts.c
+        return and_(c.memory_key == memories.c.key, c.job_key == key, c.version == memories.c.version)
+
+
 class Memories:
     """The memory methods of `Repository`."""
 
@@ -108,13 +136,14 @@ class Memories:
         writes: Sequence[MemoryWrite],
         job: JobItems | None = None,
         then: Callable[[Written], None] = lambda _: None,
+        generation: int | None = None,
     ) -> Written:
         """Store or replace memories in one transaction, under one version; of writes with one id the last wins.
 
         With `job`, the items at `job.positions` are answered in the same transaction: {"id", "status", "version"} and
-        the notes. `then` as in `Writer.submit`. Raises `CollectionNotFound`, `Conflict` (the job no longer runs, or its
-        items are answered), and as
-        `Writer.submit` does.
+        the notes. `then` as in `Writer.submit`. `generation`: the collection's, when the vectors were made. Raises
+        `CollectionNotFound`, `EncodersChanged` (it has another generation now: the vectors are of a former encoder),
+        `Conflict` (the job no longer runs, or its items are answered), and as `Writer.submit` does.
         """
         winners = {write.id: write for write in writes}
         blocks = {
@@ -123,7 +152,10 @@ class Memories:
         }
 
         def run(connection: Connection) -> Written:
-            version = lock_version(connection, collection_id) + 1
+            before, now = lock(connection, collection_id)
+            if generation not in (None, now):
+                raise EncodersChanged("an encoder of the collection changed after these memories were encoded")
+            version = before + 1
             keys = _keys(connection, collection_id, list(winners))
             statuses = _statuses(writes, known=keys)
             _write_memories(connection, collection_id, version, list(winners.values()), keys)
@@ -197,21 +229,34 @@ class Memories:
 
     @contextmanager
     def iter_patterns(
-        self, collection_id: int, spaces: Sequence[tuple[str, int]], chunk: int = 4096
+        self,
+        collection_id: int,
+        spaces: Sequence[tuple[str, int]],
+        chunk: int = 4096,
+        *,
+        ids: Sequence[str] | None = None,
+        drafted: Drafted | None = None,
     ) -> Iterator[PatternStream]:
         """Stream a collection in the order its memories were first stored, as it is when the block is entered.
 
         `spaces` gives (name, dimension) of the blocks wanted; a stored block of another dimension is a `ValueError`.
-        The stream is valid inside the block alone. Raises `CollectionNotFound`.
+        `ids`: of the memories wanted, `IN_MAX` at most (None: all). The blocks of the space `drafted` are a job's
+        drafts. The stream is valid inside the block alone. Raises `CollectionNotFound`.
         """
-        blocks = [patterns.alias() for _ in spaces]
+        blocks: list[Any] = []
         joined: Any = memories
-        for block, (space, _) in zip(blocks, spaces, strict=True):
-            joined = joined.outerjoin(block, (block.c.memory_key == memories.c.key) & (block.c.space == space))
+        for space, _ in spaces:
+            if drafted is not None and drafted.space == space:
+                block: Any = pattern_drafts.alias()
+                joined = joined.outerjoin(block, drafted.of_memory(block))
+            else:
+                block = patterns.alias()
+                joined = joined.outerjoin(block, (block.c.memory_key == memories.c.key) & (block.c.space == space))
+            blocks.append(block)
         rows = (
             select(memories.c.id, type_coerce(memories.c.payload, LargeBinary), *(block.c.vector for block in blocks))
             .select_from(joined)
-            .where(memories.c.collection_id == collection_id)
+            .where(memories.c.collection_id == collection_id, *([] if ids is None else [memories.c.id.in_(ids)]))
             .order_by(memories.c.key)
             .execution_options(yield_per=chunk)
         )
@@ -243,13 +288,19 @@ class Memories:
         return used
 
 
-def lock_version(connection: Connection, collection_id: int) -> int:
-    """The collection's version, which nobody else changes before this transaction ends. Raises `CollectionNotFound`."""
-    query = select(collections.c.version).where(collections.c.id == collection_id).with_for_update()
-    version: int | None = connection.execute(query).scalar()
-    if version is None:
+def lock(connection: Connection, collection_id: int) -> tuple[int, int]:
+    """The collection's version and generation, which nobody else changes before this transaction ends. Raises
+    `CollectionNotFound`."""
+    c = collections.c
+    row = connection.execute(select(c.version, c.generation).where(c.id == collection_id).with_for_update()).first()
+    if row is None:
         raise CollectionNotFound("The collection was deleted.")
-    return version
+    return row.version, row.generation
+
+
+def lock_version(connection: Connection, collection_id: int) -> int:
+    """The version alone, as `lock`."""
+    return lock(connection, collection_id)[0]
 
 
 def set_version(connection: Connection, collection_id: int, version: int) -> None:

@@ -1,5 +1,5 @@
-"""All rows of one database behind one object: collections here; memories, jobs and what was learned in the modules of
-their names.
+"""All rows of one database behind one object: collections here; memories, drafts, jobs and what was learned in the
+modules of their names.
 
 Rules:
 - Whoever writes goes through the `Writer` and is answered after the commit; whoever reads sees one state of the
@@ -20,6 +20,7 @@ from sqlalchemy.exc import IntegrityError
 
 from service.errors import CollectionExists, CollectionNotFound
 from service.storage.database import Database
+from service.storage.drafts import Drafts
 from service.storage.jobs import Jobs
 from service.storage.learned import Learned
 from service.storage.memories import Memories
@@ -29,7 +30,8 @@ from service.storage.writer import Writer
 
 @dataclass(frozen=True)
 class Collection:
-    """`version` is the number of its last write, `count` the number of its memories."""
+    """`version` is the number of its last write, `count` the number of its memories, `generation` how often an encoder
+    of it has changed."""
 
     id: int
     name: str
@@ -37,9 +39,10 @@ class Collection:
     version: int
     created_at: datetime
     count: int
+    generation: int = 0
 
 
-class Repository(Memories, Jobs, Learned):
+class Repository(Memories, Drafts, Jobs, Learned):
     """Everything stored in one database. Safe to use from several threads."""
 
     def __init__(self, database: Database, writer: Writer) -> None:
@@ -101,7 +104,7 @@ class Repository(Memories, Jobs, Learned):
 def _collections() -> Select[Any]:
     c = collections.c
     count = select(func.count()).where(memories.c.collection_id == c.id).scalar_subquery()
-    return select(c.id, c.name, c.config, c.version, c.created_at, count)
+    return select(c.id, c.name, c.config, c.version, c.created_at, count, c.generation)
 
 
 def _not_found(name: str) -> CollectionNotFound:

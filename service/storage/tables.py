@@ -71,6 +71,7 @@ collections = Table(
     Column("config", Json, nullable=False),
     Column("version", Integer, nullable=False),  # the number of its last write
     Column("created_at", Time, nullable=False),
+    Column("generation", Integer, nullable=False, server_default="0"),  # how often an encoder of it has changed
     UniqueConstraint("name", name="uq_collections_name"),
     sqlite_autoincrement=True,
 )
@@ -113,6 +114,26 @@ patterns = Table(
     Column("vector", LargeBinary, nullable=False),
     PrimaryKeyConstraint("memory_key", "space", name="pk_patterns"),
     CheckConstraint("dtype = 'f4' AND length(vector) = 4 * dimension", name="ck_patterns_vector"),
+)
+
+pattern_drafts = Table(  # a space's patterns under another encoder, until they take the place of those in use
+    "pattern_drafts",
+    metadata,
+    Column("job_key", ForeignKey("jobs.key", name="fk_pattern_drafts_job", ondelete="CASCADE"), nullable=False),
+    Column(
+        "memory_key", ForeignKey("memories.key", name="fk_pattern_drafts_memory", ondelete="CASCADE"), nullable=False
+    ),
+    Column("version", Integer, nullable=False),  # the memory's, when it was read: a draft of another one is void
+    Column("dimension", Integer),
+    Column("vector", LargeBinary),
+    Column("lost", Text),  # why there is no vector
+    PrimaryKeyConstraint("job_key", "memory_key", name="pk_pattern_drafts"),
+    CheckConstraint(
+        "CASE WHEN vector IS NULL THEN lost IS NOT NULL"
+        " ELSE dimension IS NOT NULL AND length(vector) = 4 * dimension END",
+        name="ck_pattern_drafts_vector",
+    ),
+    Index("ix_pattern_drafts_memory", "memory_key"),
 )
 
 gates = Table(

@@ -6,6 +6,8 @@ from contextlib import ExitStack
 from shutil import copy
 from typing import Any
 
+import alembic.command
+import alembic.config
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
@@ -82,13 +84,39 @@ def test_a_database_of_each_earlier_schema_is_upgraded_in_place(tmp_path, monkey
         with upgraded.read() as connection:
             for table, rows in before.items():
                 if table != "alembic_version":
-                    assert connection.execute(text(f"SELECT * FROM {table}")).all() == rows
+                    columns = ", ".join(rows[0]._fields)  # later schemas may have more
+                    assert connection.execute(text(f"SELECT {columns} FROM {table}")).all() == rows
             assert set(inspect(connection).get_table_names()) == {*metadata.tables, "alembic_version"}
             assert connection.execute(text("PRAGMA foreign_key_check")).all() == []
         upgraded.close()
 
 
-ROW = {"dtype": "f4", "dimension": 1, "vector": b"\0" * 4, "status": "queued"}
+def test_the_newest_schema_can_be_taken_back(tmp_path, monkeypatch):
+    """What version 3 added goes, and the rest stays as version 2 had it."""
+    scripts = tmp_path / "migrations"
+    (scripts / "versions").mkdir(parents=True)
+    for path in [MIGRATIONS / "env.py", *sorted((MIGRATIONS / "versions").glob("v000[12]*.py"))]:
+        copy(path, scripts / path.relative_to(MIGRATIONS))
+    with monkeypatch.context() as earlier:
+        earlier.setattr("service.storage.database.MIGRATIONS", scripts)
+        former = Database.open(tmp_path / "former.db")
+    newest = Database.open(tmp_path / "newest.db")
+    with newest.write() as connection:
+        connection.execute(text("PRAGMA defer_foreign_keys = ON"))
+        before = _filled(connection, "collections")[0]
+        config = alembic.config.Config()
+        config.set_main_option("script_location", str(MIGRATIONS))
+        config.attributes["connection"] = connection
+        alembic.command.downgrade(config, "0002")
+    with newest.read() as taken_back, former.read() as expected:
+        assert described(taken_back) == described(expected)
+        assert taken_back.execute(text("SELECT * FROM collections")).all() == [before[:-1]]
+    newest.close()
+    former.close()
+
+
+ROW: dict[str, Any] = {"dtype": "f4", "dimension": 1, "vector": b"\0" * 4, "status": "queued"}
+ROW_OF: dict[str, dict[str, Any]] = {"kernels": {"status": "active", "weight": b"\0" * 4}}
 """Values that a check asks for; else 1, and 1 is what other tables' rows are called."""
 
 
@@ -96,7 +124,7 @@ def _filled(connection: Connection, table: str) -> list[Row[Any]]:
     """The table's rows after one was put in, in every column."""
     if table != "alembic_version":
         columns = [column["name"] for column in inspect(connection).get_columns(table)]
-        values = {name: ROW.get(name, 1) for name in columns}
+        values = {name: {**ROW, **ROW_OF.get(table, {})}.get(name, 1) for name in columns}
         names = ", ".join(columns)
         connection.execute(
             text(f"INSERT INTO {table} ({names}) VALUES ({', '.join(map(':{}'.format, columns))})"), values
