@@ -6,6 +6,7 @@ The only module of the client that imports the engine, and torch with it.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,6 +24,8 @@ from service.errors import InvalidRequest
 from service.observability import configure_logging
 from workers.loop import running
 
+HERE = "ENGRAM_ENCODER_DEVICE"  # of the server's settings the one that means something where nobody listens
+
 _name: TypeAdapter[str] = TypeAdapter(Name)
 
 
@@ -31,7 +34,7 @@ class LocalTransport:
         if not structlog.is_configured():  # else the program around the engine has its own way
             configure_logging(logging.WARNING)
         with ExitStack() as opened:  # whatever was opened is closed again if the next thing fails
-            self._engine = opened.enter_context(Engine(settings.load({}, data=path)))
+            self._engine = opened.enter_context(Engine(settings.load(_environment(), data=path)))
             opened.enter_context(running(self._engine))
             self._opened = opened.pop_all()
 
@@ -93,3 +96,7 @@ class LocalTransport:
 
 def _body(reply: BaseModel) -> Body:
     return reply.model_dump()
+
+
+def _environment() -> dict[str, str]:
+    return {HERE: os.environ[HERE]} if HERE in os.environ else {}

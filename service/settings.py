@@ -28,6 +28,9 @@ class Settings(BaseModel):
     threads: int = Field(
         default=1, ge=1, le=256, description="torch threads; more than one is slower under load on few cores"
     )
+    encoder_device: str = Field(
+        default="cpu", min_length=1, description="where encoders run, as torch names it: cpu, cuda, cuda:1, mps"
+    )
     body_bytes_max: int = Field(
         default=64 * 2**20, ge=2**10, description="largest request body; a batch is held in memory whole"
     )

@@ -47,6 +47,7 @@ from service.app.schemas import (
 )
 from service.app.store import STORE_JOB, Accepted, accept, reply, run_store_job
 from service.encoders import registry
+from service.encoders.device import check_device
 from service.errors import ContentNotFound, EngramError, NothingObserved
 from service.settings import Settings
 from service.storage.blobs import Blobs
@@ -81,7 +82,9 @@ class PreparedRecall:
 
 class Engine:
     def __init__(self, settings: Settings) -> None:
-        """Open the data folder and load every collection. Raises `FolderInUse`, `StorageUnavailable`."""
+        """Open the data folder and load every collection. Raises `FolderInUse`, `StorageUnavailable`,
+        `DeviceMissing`.
+        """
         with ExitStack() as opened:  # whatever was opened is closed again if the next thing fails
             self.folder = DataFolder.open(settings.data)
             opened.callback(self.folder.close)
@@ -91,7 +94,8 @@ class Engine:
             opened.callback(writer.close)
             self.repository = Repository(database, writer)
             self.blobs = Blobs(self.folder.blobs_path)
-            make_encoder = partial(registry.make, threads=settings.threads)
+            device = check_device(settings.encoder_device)
+            make_encoder = partial(registry.make, threads=settings.threads, device=device)
             self.resources = Resources(settings, self.repository, self.blobs, make_encoder)
             opened.callback(self.resources.close)
             self._load()

@@ -24,13 +24,14 @@ from pydantic import (
     WithJsonSchema,
 )
 
+from service.encoders.protocol import DIMENSION_MAX
+
 BATCH_MAX = 1_000  # memories or cues in one request: a batch is decoded and held in memory whole
 LIMIT_MAX = 1_000  # matches in one answer; a page a person or program can still use
 SUPPORT_MAX = 4_096  # rows gathered per cue: at 3,072 values a row, 50 MB a cue
 STEPS_MAX = 100  # updates of one recall; modern Hopfield dynamics settles in a handful
 TEXT_MAX = 10_000  # characters of one text; every text tower here cuts far below it
 PAYLOAD_BYTES_MAX = 64 * 2**10  # payloads are kept in memory beside the patterns
-DIMENSION_MAX = 65_536
 SPACES_MAX = 16
 FAULTS_MAX = 10  # of a request with hundreds of faults the first ones are enough to mend it
 

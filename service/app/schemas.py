@@ -22,7 +22,6 @@ from typing_extensions import TypedDict
 
 from service.app.fields import (
     BATCH_MAX,
-    DIMENSION_MAX,
     LIMIT_MAX,
     SPACES_MAX,
     STEPS_MAX,
@@ -41,7 +40,7 @@ from service.app.kernel_schemas import KernelInUse, TrainKernel
 from service.core.separation import ALPHA_MAX, Separation, entmax
 from service.core.similarity import Similarity
 from service.encoders.corruption import Corruption
-from service.encoders.protocol import Source
+from service.encoders.protocol import DIMENSION_MAX, Source
 
 # --- collections ------------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,9 @@ from numpy.typing import NDArray
 Source = Literal["image", "text"]
 """The part of a memory that a space's vector is made from."""
 
+DIMENSION_MAX = 65_536
+"""The most values in a vector: 256 KB in float32, of which a batch of 1,000 is held at once."""
+
 
 @dataclass(frozen=True, eq=False)
 class Picture:

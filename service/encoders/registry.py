@@ -13,12 +13,15 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from service.encoders.device import check_device
+from service.encoders.halving import is_out_of_memory
 from service.encoders.protocol import Encoder
-from service.errors import InvalidRequest, UnknownEncoder
+from service.errors import InvalidRequest, OutOfMemory, UnknownEncoder
 
 INSTANCES_MAX = 16
 """Encoders kept ready; the one asked for longest ago is let go first. A server has a handful, and a network is up to
@@ -41,6 +44,12 @@ def _bridge() -> tuple[type[BaseModel], _Build]:
     return BridgeOptions, lambda options, threads, device: Bridge(options, threads=threads, device=device)
 
 
+def _latents(name: str) -> tuple[type[BaseModel], _Build]:
+    from service.encoders import latents
+
+    return latents.LatentOptions, lambda options, threads, device: latents.make(name, options, device=device)
+
+
 def _open_clip() -> tuple[type[BaseModel], _Build]:
     from service.encoders.clip import OpenClip, OpenClipOptions
 
@@ -51,6 +60,9 @@ _TABLE: dict[str, Callable[[], tuple[type[BaseModel], _Build]]] = {
     "pixels": _pixels,
     "bridge": _bridge,
     "open_clip": _open_clip,
+    "vq": partial(_latents, "vq"),
+    "kl": partial(_latents, "kl"),
+    "tiny": partial(_latents, "tiny"),
 }
 
 
@@ -73,7 +85,8 @@ def make(name: str, options: Mapping[str, object], *, threads: int = 1, device: 
     """The encoder of that name with those options, loaded; the same instance for the same arguments.
 
     `threads` bounds the inference sessions that have threads of their own; torch's are the process's. Raises
-    `UnknownEncoder`, `InvalidRequest` for options the encoder does not take, and `WeightsMissing`.
+    `UnknownEncoder`, `InvalidRequest` for options the encoder does not take, `DeviceMissing`, `WeightsMissing`,
+    `WeightsRefused`, and `OutOfMemory` when the model does not fit.
     """
     if name not in _TABLE:
         raise UnknownEncoder(f"there is no encoder {name!r}; there are {', '.join(names())}")
@@ -92,5 +105,14 @@ def make(name: str, options: Mapping[str, object], *, threads: int = 1, device: 
             _slots.popitem(last=False)
     with slot.lock:
         if slot.encoder is None:
-            slot.encoder = build(checked, threads, device)
+            slot.encoder = _built(name, build, checked, threads, check_device(device))
         return slot.encoder
+
+
+def _built(name: str, build: _Build, options: BaseModel, threads: int, device: str) -> Encoder:
+    try:
+        return build(options, threads, device)
+    except Exception as error:
+        if is_out_of_memory(error) or (error.__cause__ is not None and is_out_of_memory(error.__cause__)):
+            raise OutOfMemory(f"the encoder {name!r} does not fit in the memory of {device}") from error
+        raise

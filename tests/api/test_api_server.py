@@ -66,6 +66,14 @@ def test_settings_that_are_none_are_refused(tmp_path: Path) -> None:
     assert engram("serve", "--data", str(tmp_path), ENGRAM_THREADS="many").returncode == 1
 
 
+def test_a_device_that_is_not_there_stops_the_server_at_its_start(tmp_path: Path) -> None:
+    refused = engram("serve", "--data", str(tmp_path), ENGRAM_ENCODER_DEVICE="cuda:99")
+    assert refused.returncode == 1
+    assert "no device 'cuda:99'" in refused.stderr
+    assert "there is cpu" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

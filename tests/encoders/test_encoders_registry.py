@@ -7,14 +7,17 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
+from pydantic import BaseModel
 
 from service.encoders import registry
+from service.encoders.pixels import PixelsOptions
 from service.encoders.protocol import Encoder
-from service.errors import InvalidRequest, UnknownEncoder
+from service.errors import DeviceMissing, InvalidRequest, OutOfMemory, UnknownEncoder, WeightsMissing
 
 
 def test_names_are_what_there_is() -> None:
-    assert registry.names() == ("pixels", "bridge", "open_clip")
+    assert registry.names() == ("pixels", "bridge", "open_clip", "vq", "kl", "tiny")
 
 
 def test_an_encoder_is_made_once_for_the_same_options() -> None:
@@ -54,12 +57,33 @@ def test_an_unknown_name_lists_those_there_are() -> None:
         ("pixels", {"size": 129}, r"size: .*less than or equal to 128"),
         ("bridge", {"model": "x"}, r"model: .*it takes: none"),
         ("open_clip", {}, r"model: .*it takes: model, pretrained"),
+        ("vq", {"model": "x", "precision": "int8"}, r"precision: .*'fp32', 'fp16' or 'bf16'"),
         ("open_clip", {"model": "ViT-B-32"}, r"options: .*pretrained"),
     ],
 )
 def test_options_are_checked(name: str, options: dict[str, object], said: str) -> None:
     with pytest.raises(InvalidRequest, match=said):
         registry.make(name, options)
+
+
+def test_a_device_that_is_not_there_is_said_before_anything_is_loaded() -> None:
+    for name, options in (("kl", {"model": "/no/such/folder"}), ("pixels", {"size": 7})):
+        with pytest.raises(DeviceMissing, match=r"no device 'cuda:99'.*there is cpu"):
+            registry.make(name, options, device="cuda:99")
+    with pytest.raises(WeightsMissing, match="no folder"):
+        registry.make("kl", {"model": "/no/such/folder"}, device="cpu")
+    for device in ("gpu", "meta"):  # no such word, and one that keeps no numbers
+        with pytest.raises(DeviceMissing):
+            registry.make("pixels", {}, device=device)
+
+
+def test_a_model_that_does_not_fit_is_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(options: BaseModel, threads: int, device: str) -> Encoder:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setitem(registry._TABLE, "large", lambda: (PixelsOptions, build))
+    with pytest.raises(OutOfMemory, match="'large' does not fit in the memory of cpu"):
+        registry.make("large", {})
 
 
 def test_pixels_imports_no_model_library() -> None:
