@@ -17,7 +17,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import re
+import struct
 import tarfile
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -39,6 +41,9 @@ HELD_OUT_SHARE = 0.1
 
 COLLECTION = 8
 """More pictures than this under one title: it names their collection ("Lemon SVG theme"), not what they show."""
+
+PIXELS_MAX = 4_000_000
+"""The largest drawing that is taken: a few of openclipart's are drawn far larger, one at 231 million pixels."""
 
 FASHION_CLASSES = (
     "t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "handbag", "ankle boot",
@@ -83,7 +88,7 @@ def openclipart(folder: Path = OPENCLIPART) -> tuple[TitledPicture, ...]:
     for drawing in drawings:
         picture = folder / "png" / drawing.relative_to(folder / "svg").with_suffix(".png")
         described = _described(drawing)
-        if described and picture.is_file():
+        if described and picture.is_file() and _pixels(picture) <= PIXELS_MAX:
             found.append((picture, *described))
     shared = Counter(title for _, title, _ in found)
     return tuple(
@@ -136,6 +141,12 @@ def _described(drawing: Path) -> tuple[str, tuple[str, ...]] | None:
         return None
     said = (_words(item.text or "") for item in work.iter(f"{_RDF}li"))
     return title, tuple(dict.fromkeys(word for word in said if re.search(r"[a-z]{3}", word) and "hash" not in word))
+
+
+def _pixels(picture: Path) -> int:
+    """How many a PNG file has: its width and height are the header's first two numbers."""
+    with picture.open("rb") as file:
+        return math.prod(struct.unpack(">II", file.read(24)[16:]))
 
 
 def _words(text: str) -> str:

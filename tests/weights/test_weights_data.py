@@ -51,6 +51,9 @@ def test_drawings_in_the_public_domain_with_a_title_of_their_own_are_taken(tmp_p
         draw(tmp_path, f"icon{i}", "Lemon SVG theme")
     draw(tmp_path, "z", "No picture")
     (tmp_path / "png" / "z.png").unlink()
+    draw(tmp_path, "y", "Far too large")
+    with Image.new("1", (data.PIXELS_MAX // 1000 + 1, 1000)) as large:
+        large.save(tmp_path / "png" / "y.png")
     found = data.openclipart(tmp_path)
     assert [(each.title, each.keywords) for each in found] == [("bored dog", ("animal",)), ("antenna", ("animal",))]
     assert found[0].picture().getpixel((0, 0)) == (255, 0, 0)
