@@ -47,9 +47,19 @@ class Metrics:
         self.memories = Gauge("engram_memories", "Memories in the bank", ["collection"], registry=self.registry)
         self.jobs = Counter("engram_jobs", "Background jobs ended", ["kind", "status"], registry=self.registry)
         self.requests = Counter("engram_http_requests", "HTTP requests", ["method", "status"], registry=self.registry)
+        self.encodings = Counter(
+            "engram_encode_cache",
+            "Vectors that were needed, by whether they were remembered",
+            ["encoder", "source", "outcome"],
+            registry=self.registry,
+        )
+        self.encode_cache_bytes = Gauge(
+            "engram_encode_cache_bytes", "Held by remembered vectors", registry=self.registry
+        )
         self._recalls = _Children(self.recalls)
         self._stages = _Children(self.recall_seconds)
         self._requests = _Children(self.requests)
+        self._encodings = _Children(self.encodings)
 
     def recalled(self, collection: str, spent_s: Mapping[str, float], verdicts: Iterable[str | None]) -> None:
         """Count a batch's cues by verdict, and its time by stage."""
@@ -57,6 +67,9 @@ class Metrics:
             self._stages[stage,].observe(seconds)
         for verdict in verdicts:
             self._recalls[collection, verdict or "error"].inc()
+
+    def looked_up(self, encoder: str, source: str, hit: bool) -> None:
+        self._encodings[encoder, source, "hit" if hit else "miss"].inc()
 
     def answered(self, method: str, status: int) -> None:
         self._requests[method, str(status)].inc()

@@ -38,6 +38,12 @@ class Settings(BaseModel):
         default=50_000_000, ge=1, description="largest image; one decoded pixel takes three bytes"
     )
 
+    encode_cache_bytes: int = Field(
+        default=64 * 2**20,
+        ge=0,
+        description="vectors remembered by what they were made of; the default holds 30,000 sentences; 0: none",
+    )
+
     @property
     def is_loopback(self) -> bool:
         if self.host == "localhost":

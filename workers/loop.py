@@ -1,5 +1,5 @@
 """The loop that runs background jobs: claim, run, finish; one thread per kind, so that a long calibration never
-holds up a store.
+holds up another kind. Store jobs go through a pipeline instead (`ingest`).
 
 Rules:
 - A job is claimed under a lease that its handler's beats renew; a worker that dies loses it, and the job resumes
@@ -21,12 +21,12 @@ import structlog
 from service.app.engine import Engine, Handler
 from service.errors import Conflict, EngramError
 from service.storage.jobs import Job
+from workers.ingest import POLL_S, Ingest
 
 log = structlog.get_logger()
 
 SEAL_POLL_S = 1.0
 HOUSEKEEPING_S = 3600.0  # what is removed has an hour's grace, so oftener would find nothing
-POLL_S = 1.0  # how late a job can start when its wake-up was missed
 
 
 class Cancelled(Exception):
@@ -45,6 +45,7 @@ class Worker(threading.Thread):
     def run(self) -> None:
         repository = self._engine.repository
         while not self._stopping.is_set():
+            seen = self._engine.resources.enqueued
             try:
                 job = repository.claim([self._kind], self._owner)
             except EngramError as error:
@@ -52,7 +53,7 @@ class Worker(threading.Thread):
                 self._stopping.wait(POLL_S)
                 continue
             if job is None:
-                self._engine.resources.wait_for_work(POLL_S)
+                self._engine.resources.wait_for_work(seen, POLL_S)
             else:
                 self._run(job)
 
@@ -116,7 +117,7 @@ class Housekeeper(threading.Thread):
 def running(engine: Engine) -> Iterator[None]:
     """Workers for every kind of job the engine has, and the housekeeper, while the block runs."""
     jobs = [Worker(engine, kind, handler) for kind, handler in engine.handlers().items()]
-    workers: list[Worker | Housekeeper] = [*jobs, Housekeeper(engine)]
+    workers: list[Worker | Housekeeper | Ingest] = [*jobs, Ingest(engine.resources), Housekeeper(engine)]
     for worker in workers:
         worker.start()
     try:

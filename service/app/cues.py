@@ -7,9 +7,8 @@ is farther from its memory than a whole one, so it is calibrated apart.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -17,11 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from service.app.encoding import EncodeCache, Parts, Vectors, Wanted, content_of, encode
 from service.app.live import LiveCollection, Space
 from service.app.schemas import Cue
 from service.core.similarity import MAGNITUDE_MAX, normalise_rows
 from service.encoders.picture import read_picture
-from service.encoders.protocol import Encoder, Picture, Source
+from service.encoders.protocol import Encoder, Source
 from service.errors import (
     EmptyText,
     EngramError,
@@ -33,19 +33,6 @@ from service.errors import (
 
 ENCODE_BATCH = 64  # enough to fill a model's batch, little to do again after a crash
 PIXELS_AT_ONCE = 32 * 2**20  # decoded pixels held for one batch, the last picture aside: 100 MB
-
-SOURCES: tuple[Source, ...] = ("image", "text")
-
-Vectors = dict[str, NDArray[np.float32]]
-
-
-@dataclass(eq=False)
-class Parts:
-    """What a cue or a memory consists of, read and checked, before encoding."""
-
-    picture: Picture | None = None
-    text: str | None = None
-    vectors: Vectors = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -66,12 +53,13 @@ def read_parts(cue: Cue, live: LiveCollection, pixels_max: int) -> Parts:
     if cue.text is not None and not cue.text.strip():
         raise EmptyText("the text has no characters but spaces")
     vectors = {name: check_vector(vector, name, live) for name, vector in (cue.vectors or {}).items()}
-    picture = None
+    picture = content = None
     if cue.image is not None:
-        picture = read_picture(cue.image.base64, cue.mask.base64 if cue.mask else None, pixels_max=pixels_max)
+        files = (cue.image.base64, cue.mask.base64 if cue.mask else None)
+        picture, content = read_picture(*files, pixels_max=pixels_max), content_of(*files)
     if picture is None and cue.text is None and not vectors:
         raise NothingObserved("the cue is empty: give it a text, an image or vectors")
-    return Parts(picture, cue.text, vectors)
+    return Parts(picture, cue.text, vectors, content)
 
 
 T = TypeVar("T")
@@ -108,66 +96,61 @@ def check_vector(vector: NDArray[np.float32], name: str, live: LiveCollection) -
 
 
 def encode_cues(
-    live: LiveCollection, cues: Sequence[Parts], chosen: Mapping[str, float] | None
+    live: LiveCollection,
+    cues: Sequence[Parts],
+    chosen: Mapping[str, float] | None,
+    cache: EncodeCache | None = None,
 ) -> list[CueBlocks | EngramError]:
     """Encode a batch of cues for the `chosen` spaces (None: all of the collection's), each model called once per
     source.
     """
     spaces = [space for space in live.spaces.values() if chosen is None or space.name in chosen]
-    wanted: list[dict[str, str]] = [{} for _ in cues]  # per cue: space → what fills it
-    for fills, cue in zip(wanted, cues, strict=True):
-        for space in spaces:
-            if (filled_by := _filler(space, cue)) is not None:
-                fills[space.name] = filled_by
-    rows, lost, failed = _encode(spaces, cues, wanted)
+    fillers = [{space.name: by for space in spaces if (by := _filler(space, cue)) is not None} for cue in cues]
+    wanted = [_wanted(live, fills) for fills in fillers]
     blocks: list[CueBlocks | EngramError] = []
-    for i, (cue, fills) in enumerate(zip(cues, wanted, strict=True)):
-        if i in failed:
-            blocks.append(failed[i])
+    for cue, fills, outcome in zip(cues, fillers, encode(list(zip(cues, wanted, strict=True)), cache), strict=True):
+        if isinstance(outcome, EngramError):
+            blocks.append(outcome)
             continue
         if not fills:
             names = ", ".join(space.name for space in spaces)
             blocks.append(NothingObserved(f"nothing of this cue fills a space that is searched ({names})"))
             continue
-        vectors = {
-            name: cue.vectors[name] if filled_by == "vectors" else rows[i][name] for name, filled_by in fills.items()
-        }
+        rows, lost = outcome
+        vectors = {name: cue.vectors[name] if by == "vectors" else rows[name] for name, by in fills.items()}
         masked = cue.picture is not None and cue.picture.observed is not None and "image" in fills.values()
-        warnings = [*(cue.picture.warnings if cue.picture else ()), *dict.fromkeys(lost[i])]
+        warnings = [*(cue.picture.warnings if cue.picture else ()), *lost]
         blocks.append(CueBlocks(vectors, modality_of(list(vectors), masked), warnings))
     return blocks
 
 
-def encode_memories(live: LiveCollection, memories: Sequence[Parts]) -> list[CueBlocks | EngramError]:
-    """As `encode_cues`, but a space is filled from its own source alone: a caption does not stand in for a picture."""
-    spaces = list(live.spaces.values())
-    wanted: list[dict[str, str]] = []
-    for memory in memories:
-        fills = {}
-        for space in spaces:
-            if space.name in memory.vectors:
-                fills[space.name] = "vectors"
-            elif (
-                space.encoder is not None
-                and getattr(memory, "picture" if space.config.source == "image" else "text") is not None
-            ):
-                fills[space.name] = space.config.source
-        wanted.append(fills)
-    rows, lost, failed = _encode(spaces, memories, wanted)
+def memory_wants(live: LiveCollection, parts: Parts, has_picture: bool) -> Wanted:
+    """What encodes a memory: a space is filled from its own source alone, a caption does not stand in for a picture;
+    and not where the memory brings the space's vector.
+    """
+    has = {"image": has_picture, "text": parts.text is not None}
+    return {
+        space.name: (space.encoder, space.config.source)
+        for space in live.spaces.values()
+        if space.encoder is not None and space.name not in parts.vectors and has[space.config.source]
+    }
+
+
+def encode_memories(
+    memories: Sequence[tuple[Parts, Wanted]], cache: EncodeCache | None = None
+) -> list[CueBlocks | EngramError]:
+    """Encode memories, of several collections as it may be, for what each wants (`memory_wants`)."""
     blocks: list[CueBlocks | EngramError] = []
-    for i, memory in enumerate(memories):
-        if i in failed:
-            blocks.append(failed[i])
+    for (memory, _), outcome in zip(memories, encode(memories, cache), strict=True):
+        if isinstance(outcome, EngramError):
+            blocks.append(outcome)
             continue
-        vectors = {
-            name: memory.vectors[name] if filled_by == "vectors" else rows[i][name]
-            for name, filled_by in wanted[i].items()
-        }
+        vectors = {**memory.vectors, **outcome[0]}
         zero = [name for name, vector in vectors.items() if not vector.any()]
         if zero:
             blocks.append(InvalidVector(f"its vector in space {zero[0]} is zero, as if it lacked the space"))
         else:
-            blocks.append(CueBlocks(vectors, modality_of(list(vectors), False), list(dict.fromkeys(lost[i]))))
+            blocks.append(CueBlocks(vectors, modality_of(list(vectors), False), outcome[1]))
     return blocks
 
 
@@ -200,47 +183,10 @@ def _filler(space: Space, cue: Parts) -> str | None:
     return None
 
 
-def _encode(
-    spaces: Sequence[Space], parts: Sequence[Parts], wanted: Sequence[Mapping[str, str]]
-) -> tuple[list[Vectors], list[list[str]], dict[int, EngramError]]:
-    """Run each (encoder, source) once over all that need it; spaces that share an encoder share its rows.
-
-    Returns the rows by space, what was lost, and the items that could not be encoded, with why.
-    """
-    users: dict[tuple[str, Source], list[Space]] = defaultdict(list)
-    encoders: dict[str, Encoder] = {}
-    for space in spaces:
-        if space.encoder is not None:
-            encoders[space.encoder.fingerprint] = space.encoder
-            for source in SOURCES:
-                users[space.encoder.fingerprint, source].append(space)
-    rows: list[Vectors] = [{} for _ in parts]
-    lost: list[list[str]] = [[] for _ in parts]
-    failed: dict[int, EngramError] = {}
-    for (fingerprint, source), sharing in users.items():
-        needing = [i for i, fills in enumerate(wanted) if any(fills.get(space.name) == source for space in sharing)]
-        for i, outcome in zip(needing, _run(encoders[fingerprint], source, [parts[i] for i in needing]), strict=True):
-            if isinstance(outcome, EngramError):
-                failed[i] = outcome
-                continue
-            vector, warnings = outcome
-            rows[i].update({space.name: vector for space in sharing if wanted[i].get(space.name) == source})
-            lost[i].extend(warnings)
-    return rows, lost, failed
-
-
-Row = tuple[NDArray[np.float32], tuple[str, ...]]
-
-
-def _run(encoder: Encoder, source: Source, parts: Sequence[Parts]) -> list[Row | EngramError]:
-    """One encoder over a batch. An encoder refuses a batch whole, so after a refusal each item is tried by itself."""
-    if not parts:
-        return []
-    try:
-        if source == "image":
-            encoded = encoder.encode_images([part.picture for part in parts if part.picture is not None])
-        else:
-            encoded = encoder.encode_texts([part.text for part in parts if part.text is not None])
-    except EngramError as error:
-        return [error] if len(parts) == 1 else [row for part in parts for row in _run(encoder, source, [part])]
-    return list(zip(encoded.vectors, encoded.warnings or [()] * len(parts), strict=True))
+def _wanted(live: LiveCollection, fills: Mapping[str, str]) -> Wanted:
+    wanted: dict[str, tuple[Encoder, Source]] = {}
+    for name, filled_by in fills.items():
+        encoder = live.spaces[name].encoder
+        if filled_by != "vectors" and encoder is not None:
+            wanted[name] = (encoder, "image" if filled_by == "image" else "text")
+    return wanted

@@ -19,8 +19,9 @@ import structlog
 from service.app import collections
 from service.app.batching import MicroBatcher
 from service.app.calibrate import run_calibrate_job
-from service.app.cues import CueBlocks, Parts, encode_cues, in_batches, read_parts
+from service.app.cues import CueBlocks, encode_cues, in_batches, read_parts
 from service.app.diagnose import diagnose
+from service.app.encoding import Parts
 from service.app.kernel_schemas import KernelList, TrainKernel
 from service.app.kernels import enqueue_kernel, listed, retire, run_kernel_job
 from service.app.known_cues import enqueue_training
@@ -45,7 +46,7 @@ from service.app.schemas import (
     Timings,
     TrainRequest,
 )
-from service.app.store import STORE_JOB, Accepted, accept, reply, run_store_job
+from service.app.store import Accepted, accept, reply
 from service.encoders import registry
 from service.encoders.device import check_device
 from service.errors import ContentNotFound, EngramError, NothingObserved
@@ -182,7 +183,7 @@ class Engine:
                     blocks[i] = error
 
         for batch in in_batches(read()):
-            encoded = encode_cues(live, [parts for _, parts in batch], options.chosen)
+            encoded = encode_cues(live, [parts for _, parts in batch], options.chosen, self.resources.encoded)
             for (i, _), outcome in zip(batch, encoded, strict=True):
                 blocks[i] = outcome
         if single and isinstance(blocks[0], EngramError):
@@ -299,9 +300,11 @@ class Engine:
         )  # fmt: skip
 
     def handlers(self) -> dict[str, Handler]:
-        """What a worker runs for each kind of job: (job, beat) → its result. `beat(progress)` keeps the job ours."""
+        """What a worker runs for each kind of job: (job, beat) → its result. `beat(progress)` keeps the job ours.
+
+        A store job goes through a pipeline instead (workers/ingest.py).
+        """
         return {
-            STORE_JOB: partial(run_store_job, self.resources),
             CALIBRATE_JOB: partial(run_calibrate_job, self.resources),
             KERNEL_JOB: partial(run_kernel_job, self.resources),
         }

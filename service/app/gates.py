@@ -24,7 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from service.app.cues import CueBlocks, Vectors, stack, whole_state
+from service.app.cues import CueBlocks, stack, whole_state
+from service.app.encoding import Vectors
 from service.app.gate_schemas import CalibrationRecord, LearnedSpec, LearningRecord, PrototypesSpec
 from service.app.live import LiveCollection, spaces_of
 from service.bank import View

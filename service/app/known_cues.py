@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from service.app.cues import CueBlocks, Parts, encode_cues, in_batches, read_parts, stack
+from service.app.cues import CueBlocks, encode_cues, in_batches, read_parts, stack
+from service.app.encoding import Parts
 from service.app.gates import SEED, SuppliedCues
 from service.app.live import LiveCollection
 from service.app.resources import CALIBRATE_JOB, Resources

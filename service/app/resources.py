@@ -11,6 +11,7 @@ from typing import Any
 
 import structlog
 
+from service.app.encoding import EncodeCache
 from service.app.live import LiveCollection, MakeEncoder
 from service.errors import CollectionNotFound, EngramError
 from service.observability import Metrics
@@ -38,11 +39,14 @@ class Resources:
         self.blobs = blobs
         self.make_encoder = make_encoder
         self.metrics = Metrics()
+        self.encoded = EncodeCache(settings.encode_cache_bytes, self.metrics)
+        self.metrics.encode_cache_bytes.set_function(lambda: self.encoded.bytes)
         self.lives: dict[str, LiveCollection] = {}
         self._by_id: dict[int, LiveCollection] = {}
         self.broken: dict[str, EngramError] = {}  # collections that could not be loaded, and why
         self._waiting: dict[str, _Waiting] = {}
         self._work = threading.Condition()
+        self._enqueued = 0  # jobs so far: who looked for one sees whether another has come since
         self._calibrating = threading.RLock()  # `enqueue` may itself find the job ended
         self._sealer = ThreadPoolExecutor(1, thread_name_prefix="seal")
 
@@ -107,6 +111,7 @@ class Resources:
         job_id = self.repository.enqueue(kind, collection_id, {**(payload or {}), "items": len(items)}, items)
         with self._work:
             self._waiting[job_id] = _Waiting(collection_id, done)
+            self._enqueued += 1
             self._work.notify_all()
         # A worker may have finished it before the future was there to be told.
         if self.repository.get_job(job_id).status not in ("queued", "running"):
@@ -125,12 +130,20 @@ class Resources:
                 live.calibration_job = None
         waiting.done.set_result(None)
 
-    def wait_for_work(self, timeout_s: float) -> None:
+    @property
+    def enqueued(self) -> int:
+        return self._enqueued
+
+    def wait_for_work(self, since: int, timeout_s: float) -> None:
+        """Wait until there is more work than when `enqueued` was `since`, which is to be read before looking for any:
+        else a job that comes between the look and the wait would lie until the timeout.
+        """
         with self._work:
-            self._work.wait(timeout_s)
+            self._work.wait_for(lambda: self._enqueued != since, timeout_s)
 
     def wake_workers(self) -> None:
         with self._work:
+            self._enqueued += 1
             self._work.notify_all()
 
     # --- what follows from a write ---

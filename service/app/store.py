@@ -1,5 +1,8 @@
 """Store: check each item, keep its original, commit a job, encode in batches, commit the memories, let the bank follow.
 
+What is between the job's commit and the memories' is a pipeline of its own: see `workers/ingest.py`, whose steps are
+here.
+
 Rules:
 - Acknowledged is on disk: with `wait` the memories are committed; without it the originals and the job are.
 - An item that only brings vectors needs no encoding and is committed at once.
@@ -11,7 +14,7 @@ from __future__ import annotations
 import base64
 import json
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
@@ -22,16 +25,18 @@ import orjson
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from service.app.cues import ENCODE_BATCH, Parts, Vectors, check_vector, encode_memories, in_batches
+from service.app.cues import CueBlocks, check_vector, memory_wants
 from service.app.duplicates import warn_encoded, warn_equal
+from service.app.encoding import Parts, Vectors, Wanted
 from service.app.fields import PAYLOAD_BYTES_MAX, faults
 from service.app.live import LiveCollection
 from service.app.resources import Resources
 from service.app.schemas import MemoryInput, Problem, StoredItem, StoreReply, StoreRequest
 from service.bank import Rows
 from service.encoders.picture import media_type, read_picture
+from service.encoders.protocol import Picture
 from service.errors import EmptyText, EncodersChanged, EngramError, InvalidRequest
-from service.storage.jobs import ItemAnswer, Job, JobItem, JobItems, NewItem
+from service.storage.jobs import ItemAnswer, JobItem, JobItems, NewItem
 from service.storage.memories import MemoryWrite, Written
 
 STORE_JOB = "store"
@@ -57,7 +62,21 @@ class _Item:
     vectors: Vectors
     image: bytes | None
     media_type: str | None
+    pixels: int
     warnings: list[str]
+
+
+@dataclass(eq=False)
+class Arriving:
+    """An item of a job on its way: `pixels` is what its picture takes once decoded, `outcome` what encoding gave."""
+
+    job_id: str
+    live: LiveCollection
+    item: JobItem
+    parts: Parts
+    wanted: Wanted
+    pixels: int
+    outcome: CueBlocks | EngramError | None = None
 
 
 def accept(resources: Resources, live: LiveCollection, request: StoreRequest) -> Accepted:
@@ -116,19 +135,65 @@ def reply(resources: Resources, accepted: Accepted) -> StoreReply:
     return StoreReply(version=version or accepted.version, results=results)
 
 
-def run_store_job(resources: Resources, job: Job, beat: Callable[[float], None]) -> dict[str, Any]:
-    """Encode a job's items in batches, each committed with its items' answers; after a crash it resumes at the
-    first not answered.
+def arriving(resources: Resources, collection_id: int, job_id: str, item: JobItem) -> Arriving:
+    """A job's item with what is known of it: its picture is not decoded yet, and never has to be if `pixels` is 0.
+
+    Raises `CollectionNotFound`.
     """
-    assert job.collection_id is not None
-    total = job.payload["items"]
-    while items := resources.repository.pending_items(job.id, ENCODE_BATCH):
-        try:
-            _store_batch(resources, resources.live_by_id(job.collection_id), job, items)
-        except EncodersChanged:
-            continue  # those not committed are encoded again, by the encoder there is now
-        beat(min(1.0, (items[-1].position + 1) / total))
-    version, answered = _answers(resources, job.id)
+    live, body = resources.live_by_id(collection_id), item.body
+    vectors = {
+        name: np.frombuffer(base64.b64decode(packed), dtype=np.float32) for name, packed in body["vectors"].items()
+    }
+    has_picture = body["blob_hash"] is not None
+    parts = Parts(None, body["text"], vectors, content=body["blob_hash"])
+    wanted = memory_wants(live, parts, has_picture)
+    resources.encoded.look_up(parts, wanted)
+    decoded = any(
+        source == "image" and (encoder.fingerprint, source) not in parts.known for encoder, source in wanted.values()
+    )
+    # A job of an earlier version does not say how large its pictures are: each goes by itself.
+    pixels = body.get("pixels", resources.settings.image_pixels_max) if decoded else 0
+    return Arriving(job_id, live, item, parts, wanted, pixels)
+
+
+def decode(resources: Resources, arrived: Arriving) -> Picture:
+    """The picture of an item. Raises the `EngramError` that says why there is none."""
+    data = resources.blobs.get(arrived.item.body["blob_hash"])
+    return read_picture(data, pixels_max=resources.settings.image_pixels_max)
+
+
+def commit_encoded(resources: Resources, live: LiveCollection, encoded: Sequence[Arriving]) -> None:
+    """Commit a collection's encoded items and the answers of all, of several jobs as it may be (each job's together),
+    in one transaction. Raises `Conflict` where a job no longer runs, `EncodersChanged` where they are to be encoded
+    again; nothing of any is done then.
+    """
+    writes: list[MemoryWrite] = []
+    answering: dict[str, JobItems] = {}
+    notes: list[dict[str, Any]] = []
+    for each in encoded:
+        body, blocks = each.item.body, each.outcome
+        answer = answering.setdefault(each.job_id, JobItems(each.job_id, [], [], []))
+        if not isinstance(blocks, CueBlocks):
+            assert blocks is not None
+            answer.failed.append(_failure(each.item, blocks))
+            continue
+        original = (body["blob_hash"], body["media_type"])
+        writes.append(MemoryWrite(body["id"], each.parts.text, body["payload"], *original, blocks.vectors))
+        notes.append({"position": body["position"], "warnings": [*body["warnings"], *blocks.warnings]})
+        answer.positions.append(each.item.position)
+        answer.notes.append(notes[-1])
+    if not writes:
+        resources.repository.answer_together({job_id: answer.failed for job_id, answer in answering.items()})
+        return
+    warned = warn_encoded(live, [write.id for write in writes], [write.vectors for write in writes])
+    for note, warnings in zip(notes, warned, strict=True):
+        note["warnings"] += warnings
+    commit(resources, live, writes, list(answering.values()))
+
+
+def job_result(resources: Resources, job_id: str) -> dict[str, Any]:
+    """What a store job whose items are all answered ends with."""
+    version, answered = _answers(resources, job_id)
     return {"version": version, "results": answered}
 
 
@@ -143,44 +208,10 @@ def _answers(resources: Resources, job_id: str) -> tuple[int | None, list[tuple[
     return version, answered
 
 
-def _store_batch(resources: Resources, live: LiveCollection, job: Job, items: Sequence[JobItem]) -> None:
-    """Encode and commit items, as many at once as their pictures leave memory for."""
-    failures: list[ItemAnswer] = []
-
-    def read() -> Iterator[tuple[JobItem, Parts]]:
-        for item in items:
-            try:
-                yield item, _parts_of(resources, item.body)
-            except EngramError as error:
-                failures.append(_failure(item, error))
-
-    for batch in in_batches(read()):
-        writes: list[MemoryWrite] = []
-        positions: list[int] = []
-        notes: list[dict[str, Any]] = []
-        for (item, parts), encoded in zip(batch, encode_memories(live, [parts for _, parts in batch]), strict=True):
-            if isinstance(encoded, EngramError):
-                failures.append(_failure(item, encoded))
-                continue
-            body, vectors = item.body, encoded.vectors
-            writes.append(
-                MemoryWrite(body["id"], parts.text, body["payload"], body["blob_hash"], body["media_type"], vectors)
-            )
-            positions.append(item.position)
-            notes.append({"position": body["position"], "warnings": [*body["warnings"], *encoded.warnings]})
-        if writes:
-            warned = warn_encoded(live, [write.id for write in writes], [write.vectors for write in writes])
-            for note, warnings in zip(notes, warned, strict=True):
-                note["warnings"] += warnings
-            commit(resources, live, writes, JobItems(job.id, positions, notes))
-    if failures:
-        resources.repository.finish_items(job.id, failures)
-
-
 def commit(
-    resources: Resources, live: LiveCollection, writes: Sequence[MemoryWrite], job: JobItems | None = None
+    resources: Resources, live: LiveCollection, writes: Sequence[MemoryWrite], answering: Sequence[JobItems] = ()
 ) -> Written:
-    """Commit memories (with their job items' answers, in one transaction); the bank follows before anybody is told.
+    """Commit memories (with their jobs' answers, in one transaction); the bank follows before anybody is told.
 
     Raises `EncodersChanged` where `live` is the collection under former encoders: nothing is written then.
     """
@@ -194,7 +225,7 @@ def commit(
         payloads=[None if write.payload is None else orjson.dumps(write.payload) for write in writes],
     )
     written = resources.repository.put_memories(
-        live.id, writes, job, then=lambda written: live.follow(rows, [], written.version), generation=live.generation
+        live.id, writes, answering, lambda written: live.follow(rows, [], written.version), live.generation
     )
     resources.metrics.stored.labels(live.name).inc(len(writes))
     resources.after_write(live)
@@ -235,14 +266,18 @@ def _check(resources: Resources, live: LiveCollection, raw: object) -> _Item:
     image: bytes | None = None
     kind: str | None = None
     warnings: tuple[str, ...] = ()
+    pixels = 0
     if memory.image is not None:
         image = memory.image.base64
-        warnings = read_picture(image, pixels_max=resources.settings.image_pixels_max).warnings
+        picture = read_picture(image, pixels_max=resources.settings.image_pixels_max)
+        warnings, pixels = picture.warnings, picture.pixels[..., 0].size
         kind = media_type(image)
     sources = {"image": image is not None, "text": memory.text is not None}
     if not vectors and not any(s.encoder is not None and sources[s.config.source] for s in live.spaces.values()):
         raise InvalidRequest(f"nothing of this memory fills a space of {live.name} ({', '.join(live.spaces)})")
-    return _Item(memory.id or uuid.uuid4().hex, memory.text, memory.payload, vectors, image, kind, list(warnings))
+    return _Item(
+        memory.id or uuid.uuid4().hex, memory.text, memory.payload, vectors, image, kind, pixels, list(warnings)
+    )
 
 
 def _json(payload: Mapping[str, Any]) -> bytes:
@@ -258,20 +293,10 @@ def _json(payload: Mapping[str, Any]) -> bytes:
 def _job_item(position: int, item: _Item, blob_hash: str | None) -> NewItem:
     body = {
         "position": position, "id": item.id, "text": item.text, "payload": item.payload, "blob_hash": blob_hash,
-        "media_type": item.media_type, "warnings": item.warnings,
+        "media_type": item.media_type, "pixels": item.pixels, "warnings": item.warnings,
         "vectors": {name: base64.b64encode(vector.tobytes()).decode() for name, vector in item.vectors.items()},
     }  # fmt: skip
     return NewItem(body, blob_hash)
-
-
-def _parts_of(resources: Resources, body: Mapping[str, Any]) -> Parts:
-    picture = None
-    if body["blob_hash"] is not None:
-        picture = read_picture(resources.blobs.get(body["blob_hash"]), pixels_max=resources.settings.image_pixels_max)
-    vectors = {
-        name: np.frombuffer(base64.b64decode(packed), dtype=np.float32) for name, packed in body["vectors"].items()
-    }
-    return Parts(picture, body["text"], vectors)
 
 
 def _failed(memory_id: str | None, error: EngramError) -> StoredItem:

@@ -12,6 +12,8 @@ Rules:
   itself.
 - `attempts` counts claims since the job last answered an item: a job that moves forward is not dead however often it is
   interrupted.
+- Jobs may be claimed together; one that was interrupted before runs by itself, so that a job which kills its worker
+  takes no other with it.
 - Items are answered in the transaction that does their work, once, and only while the job runs: nothing is done twice,
   and nothing is stored after `cancel` returned.
 - A job that is done keeps its result, not its items; one that was cancelled keeps those answered. One that failed or
@@ -24,6 +26,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
+from itertools import takewhile
 from typing import Any, Literal
 
 from sqlalchemy import Connection, bindparam, delete, insert, or_, select, update
@@ -92,12 +95,13 @@ class ItemAnswer:
 
 @dataclass(frozen=True)
 class JobItems:
-    """The items of a job that a batch of writes answers: write i is item `positions[i]`; `notes[i]`, if given, joins
-    its result."""
+    """The items of a job that writes answer: its i-th write is item `positions[i]`, and `notes[i]`, if given, joins
+    its result. `failed` are answered with them."""
 
     job_id: str
-    positions: Sequence[int]
-    notes: Sequence[Mapping[str, Any]] = field(default=())
+    positions: list[int]
+    notes: list[dict[str, Any]] = field(default_factory=list)
+    failed: list[ItemAnswer] = field(default_factory=list)
 
 
 _JOB_COLUMNS = tuple(jobs.c[each.name] for each in fields(Job))
@@ -148,50 +152,81 @@ class Jobs:
 
         Jobs found with `ATTEMPTS_MAX` attempts are declared dead on the way.
         """
+        claimed = self.claim_together(kinds, owner, 1, lease_s=lease_s)
+        return claimed[0] if claimed else None
 
-        def run(connection: Connection) -> Job | None:
+    def claim_together(
+        self, kinds: Sequence[str], owner: str, limit: int, *, beside: bool = False, lease_s: float = LEASE_S
+    ) -> list[Job]:
+        """As `claim`, up to `limit` of the oldest in their order: one that was interrupted before alone, others up to
+        it. `beside`: jobs claimed earlier still run, so an interrupted one is left where it is.
+        """
+
+        def run(connection: Connection) -> list[Job]:
             now = datetime.now(UTC)
             free = or_(jobs.c.status == "queued", (jobs.c.status == "running") & (jobs.c.lease_until <= now))
-            oldest = (
-                select(jobs.c.key, jobs.c.attempts).where(jobs.c.kind.in_(kinds), free).order_by(jobs.c.key).limit(1)
-            )
-            while row := connection.execute(oldest.with_for_update(skip_locked=True)).one_or_none():
-                this = update(jobs).where(jobs.c.key == row.key)
-                if row.attempts >= ATTEMPTS_MAX:
+            query = select(jobs.c.key, jobs.c.attempts).where(jobs.c.kind.in_(kinds), free).order_by(jobs.c.key)
+            oldest = query.limit(limit).with_for_update(skip_locked=True)
+            claimed: list[int] = []
+            while not claimed and (rows := connection.execute(oldest).all()):
+                dead = [row.key for row in rows if row.attempts >= ATTEMPTS_MAX]
+                if dead:
                     error = {
                         "code": "dead",
                         "detail": f"The job was interrupted {ATTEMPTS_MAX} times without progress.",
                     }
-                    connection.execute(this.values(status="dead", error=error, lease_until=None, updated_at=now))
+                    ended = {"status": "dead", "error": error, "lease_until": None, "updated_at": now}
+                    connection.execute(update(jobs).where(jobs.c.key.in_(dead)).values(ended))
                     continue
-                connection.execute(
-                    this.values(
-                        status="running",
-                        owner=owner,
-                        attempts=row.attempts + 1,
-                        lease_until=now + timedelta(seconds=lease_s),
-                        updated_at=now,
-                    )
-                )
-                return Job(*connection.execute(select(*_JOB_COLUMNS).where(jobs.c.key == row.key)).one())
-            return None
+                fresh = list(takewhile(lambda row: row.attempts == 0, rows))
+                claimed = [row.key for row in (fresh if fresh or beside else rows[:1])]
+                if not claimed:
+                    return []
+            taken = {
+                "status": "running", "owner": owner, "attempts": jobs.c.attempts + 1,
+                "lease_until": now + timedelta(seconds=lease_s), "updated_at": now,
+            }  # fmt: skip
+            if claimed:
+                connection.execute(update(jobs).where(jobs.c.key.in_(claimed)).values(taken))
+            these = select(*_JOB_COLUMNS).where(jobs.c.key.in_(claimed)).order_by(jobs.c.key)
+            return [Job(*row) for row in connection.execute(these)]
 
         return self._writer.submit(run)
 
     def heartbeat(self, id_: str, owner: str, progress: float, lease_s: float = LEASE_S) -> bool:
         """Renew the lease and note the progress (0..1). False means stop: the job is no longer `owner`'s (cancelled,
         deleted, taken)."""
-        now = datetime.now(UTC)
-        mine = (jobs.c.id == id_) & (jobs.c.owner == owner) & (jobs.c.status == "running")
-        values = {"progress": progress, "lease_until": now + timedelta(seconds=lease_s), "updated_at": now}
-        return self._writer.submit(
-            lambda connection: connection.execute(update(jobs).where(mine).values(values)).rowcount == 1
-        )
+        return id_ in self.heartbeats(owner, {id_: progress}, lease_s)
+
+    def heartbeats(self, owner: str, progress: Mapping[str, float], lease_s: float = LEASE_S) -> set[str]:
+        """As `heartbeat`, of several jobs by their ids; those that are still `owner`'s."""
+
+        def run(connection: Connection) -> set[str]:
+            now = datetime.now(UTC)
+            until = now + timedelta(seconds=lease_s)
+            kept = set()
+            for id_, share in progress.items():
+                mine = (jobs.c.id == id_) & (jobs.c.owner == owner) & (jobs.c.status == "running")
+                values = {"progress": share, "lease_until": until, "updated_at": now}
+                if connection.execute(update(jobs).where(mine).values(values)).rowcount == 1:
+                    kept.add(id_)
+            return kept
+
+        return self._writer.submit(run)
 
     def finish(self, id_: str, result: dict[str, Any]) -> bool:
         """The job is done. False (and nothing changes) if it no longer runs: cancelled, deleted, or finished by
         another."""
-        return self._writer.submit(lambda connection: end_job(connection, id_, "done", progress=1.0, result=result))
+        return id_ in self.finish_together({id_: result})
+
+    def finish_together(self, results: Mapping[str, dict[str, Any]]) -> set[str]:
+        """As `finish`, of several jobs by their ids, in one transaction; those that are done by it."""
+
+        def run(connection: Connection) -> set[str]:
+            ended = {id_: end_job(connection, id_, "done", progress=1.0, result=result) for id_, result in results.items()}
+            return {id_ for id_, done in ended.items() if done}
+
+        return self._writer.submit(run)
 
     def fail(self, id_: str, error: dict[str, Any]) -> bool:
         """The job cannot be done; `error` is {"code", "detail"}. False (and nothing changes) if it no longer runs."""
@@ -223,12 +258,12 @@ class Jobs:
             rows = connection.execute(select(*_JOB_COLUMNS).order_by(jobs.c.key.desc()).limit(limit))
             return [Job(*row) for row in rows]
 
-    def pending_items(self, job_id: str, limit: int) -> list[JobItem]:
-        """The first `limit` items that are not answered yet, in order."""
+    def pending_items(self, job_id: str, limit: int, after: int = -1) -> list[JobItem]:
+        """The first `limit` items behind position `after` that are not answered yet, in order."""
         query = (
             select(job_items.c.position, job_items.c.body)
             .join(jobs)
-            .where(jobs.c.id == job_id, job_items.c.status == "queued")
+            .where(jobs.c.id == job_id, job_items.c.status == "queued", job_items.c.position > after)
             .order_by(job_items.c.position)
             .limit(limit)
         )
@@ -237,7 +272,16 @@ class Jobs:
 
     def finish_items(self, job_id: str, answers: Sequence[ItemAnswer]) -> None:
         """Answer items without storing anything (those that failed, as a rule). Raises as `answer_items` does."""
-        self._writer.submit(lambda connection: answer_items(connection, job_id, answers))
+        self.answer_together({job_id: answers})
+
+    def answer_together(self, answers: Mapping[str, Sequence[ItemAnswer]]) -> None:
+        """As `finish_items`, of several jobs by their ids: of all, or of none."""
+
+        def run(connection: Connection) -> None:
+            for job_id, each in answers.items():
+                answer_items(connection, job_id, each)
+
+        self._writer.submit(run)
 
     def item_answers(self, job_id: str) -> list[ItemAnswer]:
         """The items answered so far, in order; gone once the job is done."""

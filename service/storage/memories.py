@@ -134,16 +134,17 @@ class Memories:
         self,
         collection_id: int,
         writes: Sequence[MemoryWrite],
-        job: JobItems | None = None,
+        answering: Sequence[JobItems] = (),
         then: Callable[[Written], None] = lambda _: None,
         generation: int | None = None,
     ) -> Written:
         """Store or replace memories in one transaction, under one version; of writes with one id the last wins.
 
-        With `job`, the items at `job.positions` are answered in the same transaction: {"id", "status", "version"} and
-        the notes. `then` as in `Writer.submit`. `generation`: the collection's, when the vectors were made. Raises
-        `CollectionNotFound`, `EncodersChanged` (it has another generation now: the vectors are of a former encoder),
-        `Conflict` (the job no longer runs, or its items are answered), and as `Writer.submit` does.
+        The items of jobs that the writes are, job by job in the writes' order, are answered in the same transaction:
+        {"id", "status", "version"} and the notes. `then` as in `Writer.submit`. `generation`: the collection's, when
+        the vectors were made. Raises `CollectionNotFound`, `EncodersChanged` (it has another generation now: the
+        vectors are of a former encoder), `Conflict` (a job no longer runs, or its items are answered), and as
+        `Writer.submit` does.
         """
         winners = {write.id: write for write in writes}
         blocks = {
@@ -167,13 +168,14 @@ class Memories:
             if rows:
                 connection.execute(insert(patterns), rows)
             set_version(connection, collection_id, version)
-            if job is not None:
-                notes = job.notes or [{}] * len(writes)
+            done = zip(writes, statuses, strict=True)
+            for job in answering:
+                notes = job.notes or [{}] * len(job.positions)
                 answers = [
                     ItemAnswer(position, "done", {**note, "id": write.id, "status": status, "version": version})
-                    for position, note, write, status in zip(job.positions, notes, writes, statuses, strict=True)
+                    for position, note, (write, status) in zip(job.positions, notes, done, strict=False)
                 ]
-                answer_items(connection, job.job_id, answers)
+                answer_items(connection, job.job_id, [*answers, *job.failed])
             return Written(version, statuses)
 
         return self._writer.submit(run, then)

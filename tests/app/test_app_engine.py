@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.app import store as store_module
 from service.app.engine import Engine
 from service.app.schemas import CollectionConfig, RecallRequest, StoreRequest, TrainRequest
 from service.errors import (
@@ -264,21 +263,24 @@ def test_a_cancelled_calibration_is_asked_for_again(tmp_path: Path) -> None:
 
 def test_what_a_job_stored_before_it_failed_is_told(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     make(engine, spaces={"image": {"encoder": "pixels", "options": {"size": 4}}})
-    whole, calls = store_module.encode_memories, 0
+    whole, calls = engine.repository.put_memories, 0
 
-    def failing(*arguments: Any) -> Any:
+    def failing(*arguments: Any, **named: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 2:
-            raise InvalidRequest("the second batch fails")
-        return whole(*arguments)
+            raise StorageFull("no space left")
+        return whole(*arguments, **named)
 
-    monkeypatch.setattr(store_module, "encode_memories", failing)
-    reply = store(engine, [{"id": str(i), "image": {"base64": png(i, 8)}} for i in range(100)])
+    monkeypatch.setattr(engine.repository, "put_memories", failing)
+    reply = store(engine, [{"id": str(i), "image": {"base64": png(i, 8)}} for i in range(600)])
     statuses = [item.status for item in reply.results]
-    assert statuses == ["stored"] * 64 + ["error"] * 36
+    stored = statuses.count("stored")
+    assert 0 < stored < 600
+    assert statuses == ["stored"] * stored + ["error"] * (600 - stored)
+    assert {item.error.code for item in reply.results if item.error} == {"storage_full"}
     assert reply.operation_id is None
-    assert engine.count("c").count == 64
+    assert engine.count("c").count == stored
 
 
 def test_a_collection_that_cannot_be_loaded_does_not_hold_up_the_others(tmp_path: Path) -> None:

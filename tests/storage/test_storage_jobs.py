@@ -171,7 +171,7 @@ def test_writes_answer_their_items_in_the_same_transaction(repository, collectio
     claim(repository)
     repository.finish_items(id_, [ItemAnswer(1, "failed", {"error": {"code": "invalid_image"}})])
     writes = [MemoryWrite("m0"), MemoryWrite("m0")]
-    repository.put_memories(collection.id, writes, JobItems(id_, [0, 2], notes=[{}, {"warnings": ["cut"]}]))
+    repository.put_memories(collection.id, writes, [JobItems(id_, [0, 2], notes=[{}, {"warnings": ["cut"]}])])
     assert repository.item_answers(id_) == [
         ItemAnswer(0, "done", {"id": "m0", "status": "stored", "version": 1}),
         ItemAnswer(1, "failed", {"error": {"code": "invalid_image"}}),
@@ -183,13 +183,13 @@ def test_writes_answer_their_items_in_the_same_transaction(repository, collectio
 def test_nothing_is_stored_for_items_answered_before_or_a_job_cancelled(repository, collection):
     id_ = enqueue(repository, collection)
     claim(repository)
-    repository.put_memories(collection.id, [MemoryWrite("m0")], JobItems(id_, [0]))
+    repository.put_memories(collection.id, [MemoryWrite("m0")], [JobItems(id_, [0])])
     with pytest.raises(Conflict, match="answered before"):
-        repository.put_memories(collection.id, [MemoryWrite("m1"), MemoryWrite("m0")], JobItems(id_, [1, 0]))
+        repository.put_memories(collection.id, [MemoryWrite("m1"), MemoryWrite("m0")], [JobItems(id_, [1, 0])])
     assert [item.position for item in repository.pending_items(id_, 10)] == [1, 2]
     repository.cancel(id_)
     with pytest.raises(Conflict, match="no longer runs"):
-        repository.put_memories(collection.id, [MemoryWrite("m1")], JobItems(id_, [1]))
+        repository.put_memories(collection.id, [MemoryWrite("m1")], [JobItems(id_, [1])])
     assert (repository.count(collection.id), repository.get_collection("c").version) == (1, 1)
 
 
