@@ -154,14 +154,17 @@ def _run(encoder: Encoder, source: Source, parts: Sequence[Parts]) -> list[Row |
             encoded = encoder.encode_images([part.picture for part in parts if part.picture is not None])
         else:
             encoded = encoder.encode_texts([part.text for part in parts if part.text is not None])
-    except Exception as error:
-        if len(parts) > 1:
-            return [row for part in parts for row in _run(encoder, source, [part])]
-        if isinstance(error, EngramError):
-            return [error]
-        log.exception("an encoder failed", encoder=encoder.name, source=source)
-        return [EngramError(f"the encoder {encoder.name} met an error of its own; the server's log has the details")]
-    return list(zip(encoded.vectors, encoded.warnings or [()] * len(parts), strict=True))
+        return list(zip(encoded.vectors, encoded.warnings or [()] * len(parts), strict=True))
+    except EngramError as error:
+        failure = error
+    except Exception:
+        if len(parts) == 1:
+            log.exception("an encoder failed", encoder=encoder.name, source=source)
+        failure = EngramError(f"the encoder {encoder.name} met an error of its own; the server's log has the details")
+    if len(parts) == 1:
+        return [failure]
+    # Not within `except`, whose traceback would keep the batch's tensors.
+    return [row for part in parts for row in _run(encoder, source, [part])]
 
 
 def _content(parts: Parts, source: Source) -> str | None:

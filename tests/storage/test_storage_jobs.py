@@ -91,6 +91,54 @@ def test_eight_workers_never_claim_one_job_together(repository, collection):
     assert sorted(claimed) == sorted(ids)
 
 
+def test_jobs_claimed_together_are_the_oldest_in_their_order(repository, collection):
+    ids = [enqueue(repository, collection, count=0) for _ in range(5)]
+    repository.enqueue("calibrate", collection.id, {})
+    assert [job.id for job in repository.claim_together(["store"], "w", 3)] == ids[:3]
+    claimed = repository.claim_together(["store"], "w", 9)
+    assert [(job.id, job.status, job.attempts) for job in claimed] == [(id_, "running", 1) for id_ in ids[3:]]
+    assert repository.claim_together(["store"], "w", 9) == []
+
+
+def test_an_interrupted_job_takes_no_other_with_it(repository, collection):
+    ids = [enqueue(repository, collection) for _ in range(3)]
+    repository.claim_together(["store"], "w", 2)
+    repository.release_leases()
+    for attempt in range(2, ATTEMPTS_MAX + 1):  # it kills its worker each time
+        assert repository.claim_together(["store"], "w", 9, beside=True) == []
+        (alone,) = repository.claim_together(["store"], "w", 9)
+        assert (alone.id, alone.attempts) == (ids[0], attempt)
+        repository.release_leases()
+    (second,) = repository.claim_together(["store"], "w", 9)
+    assert (repository.get_job(ids[0]).status, second.id, second.attempts) == ("dead", ids[1], 2)
+    assert [job.id for job in repository.claim_together(["store"], "w", 9, beside=True)] == ids[2:]
+
+
+def test_many_jobs_are_answered_renewed_and_finished_at_once_and_one_that_is_gone_is_left_out(repository, collection):
+    ids = [enqueue(repository, collection, count=1) for _ in range(3)]
+    repository.claim_together(["store"], "w", 3)
+    repository.cancel(ids[1])
+    assert repository.heartbeats("w", dict.fromkeys(ids, 0.5)) == {ids[0], ids[2]}
+    failed = [ItemAnswer(0, "failed", {})]
+    with pytest.raises(Conflict):
+        repository.answer_together(dict.fromkeys(ids, failed))
+    assert repository.item_answers(ids[0]) == []
+    writes = [MemoryWrite("m0"), MemoryWrite("m1")]
+    with pytest.raises(Conflict):
+        repository.put_memories(collection.id, writes, [JobItems(ids[0], [0]), JobItems(ids[1], [0])])
+    assert repository.count(collection.id) == 0
+    repository.put_memories(collection.id, writes[:1], [JobItems(ids[0], [0]), JobItems(ids[2], [], failed=failed)])
+    assert [answer.status for id_ in ids for answer in repository.item_answers(id_)] == ["done", "failed"]
+    assert repository.finish_together({id_: {} for id_ in ids}) == {ids[0], ids[2]}
+
+
+def test_pending_items_behind_a_position(repository, collection):
+    id_ = enqueue(repository, collection, count=5)
+    claim(repository)
+    repository.finish_items(id_, [ItemAnswer(2, "failed", {})])
+    assert [item.position for item in repository.pending_items(id_, 2, after=0)] == [1, 3]
+
+
 def test_heartbeat_renews_the_lease_for_its_owner_alone(repository, collection):
     id_ = enqueue(repository, collection)
     claim(repository, lease_s=0)
