@@ -223,7 +223,9 @@ class Jobs:
         """As `finish`, of several jobs by their ids, in one transaction; those that are done by it."""
 
         def run(connection: Connection) -> set[str]:
-            ended = {id_: end_job(connection, id_, "done", progress=1.0, result=result) for id_, result in results.items()}
+            ended = {
+                id_: end_job(connection, id_, "done", progress=1.0, result=result) for id_, result in results.items()
+            }
             return {id_ for id_, done in ended.items() if done}
 
         return self._writer.submit(run)

@@ -15,14 +15,17 @@ import numpy as np
 import pytest
 from PIL import Image
 from prometheus_client import generate_latest
+from sqlalchemy import update
 
 from service.app.encoding import EncodeCache, Parts
 from service.app.engine import Engine
+from service.app.live import LiveCollection, make_spaces
 from service.app.schemas import CollectionConfig, RecallRequest, StoreReply, StoreRequest
 from service.encoders.protocol import Encoded, Picture, Source
 from service.errors import InvalidRequest
 from service.observability import Metrics
 from service.settings import Settings
+from service.storage import tables
 from workers import ingest
 from workers.loop import running
 
@@ -154,12 +157,16 @@ def test_a_bad_item_fails_alone_among_those_that_share_its_batch(
     assert (engine.count("a").count, engine.count("b").count) == (4, 1)
 
 
-def test_nothing_is_stored_after_a_cancel_and_others_go_on(engine: Engine, encoder: Means) -> None:
+def test_nothing_is_stored_after_a_cancel_and_others_go_on(
+    engine: Engine, encoder: Means, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingest, "BEAT_S", 0.02)
     jobs = [queued(engine, [memory(red) for red in range(20, 220)]), queued(engine, [memory(230)], "b")]
     encoder.open.clear()
     with running(engine):
         until(lambda: bool(encoder.batches))
         assert engine.cancel(jobs[0]).status == "cancelled"
+        time.sleep(0.5)  # some beats, of which one finds it out
         encoder.open.set()
         until(lambda: done(engine, jobs[1]))
         assert engine.operation(jobs[0]).status == "cancelled"
@@ -168,9 +175,7 @@ def test_nothing_is_stored_after_a_cancel_and_others_go_on(engine: Engine, encod
     assert len([red for batch in encoder.batches for red in batch]) < 200, "what was cancelled is not encoded"
 
 
-def test_what_was_encoded_once_is_remembered(
-    engine: Engine, encoder: Means, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_encoded_once_is_remembered(engine: Engine, encoder: Means, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[object] = []
     decode = ingest.decode
     monkeypatch.setattr(ingest, "decode", lambda *given: (opened.append(given), decode(*given))[1])
@@ -199,6 +204,30 @@ def test_what_was_encoded_once_is_remembered(
     metrics = generate_latest(engine.resources.metrics.registry).decode()
     assert 'engram_encode_cache_total{encoder="means",outcome="hit",source="image"} 2.0' in metrics
     assert 'engram_encode_cache_total{encoder="means",outcome="miss",source="text"} 1.0' in metrics
+
+
+def test_what_a_former_encoder_has_encoded_is_encoded_again(engine: Engine, encoder: Means) -> None:
+    class Halves(Means):
+        fingerprint = "halves/1"
+
+        def encode_images(self, pictures: Sequence[Picture]) -> Encoded:
+            return Encoded(super().encode_images(pictures).vectors / 2)
+
+    job = queued(engine, [memory(red) for red in range(20, 90)])
+    encoder.open.clear()
+    with running(engine):
+        until(lambda: bool(encoder.batches))
+        former, changed = engine.resources.live("a"), Halves()
+        generation = update(tables.collections).where(tables.collections.c.id == former.id).values(generation=1)
+        engine.repository._writer.submit(lambda connection: connection.execute(generation))
+        row = next(row for row in engine.repository.list_collections() if row.id == former.id)
+        spaces = make_spaces(former.config, lambda name, options: changed)
+        engine.resources.replace(LiveCollection(row, former.config, spaces, "cpu"))
+        encoder.open.set()
+        until(lambda: done(engine, job))
+    for red in range(20, 90):
+        assert engine.repository.get_vectors(former.id, str(red))["m"].tolist() == [red / 2, 3.5, 4.5]
+    assert engine.count("a").count == 70
 
 
 def test_another_mask_is_another_cue(engine: Engine, encoder: Means) -> None:
@@ -238,8 +267,10 @@ CRASH = """
 import os, sys, time
 from pathlib import Path
 from service.app.engine import Engine
+from service.app.live import LiveCollection, make_spaces
 from service.app.schemas import CollectionConfig, StoreRequest
 from service.settings import Settings
+from service.storage import tables
 from tests.app.test_app_ingest import png
 from workers.loop import running
 
