@@ -1,11 +1,12 @@
-"""What a square input does to a picture that is not square, in words: the warnings of an encoder about its pictures."""
+"""What is lost when a picture or a text is fitted to a model's input, in words: the warnings of the encoders."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-Fit = Literal["stretched", "cropped"]
-"""How an encoder makes its square input: all of the picture, its proportions lost, or the middle alone."""
+Fit = Literal["stretched", "cropped", "padded"]
+"""How an encoder makes its square input: all of the picture, its proportions lost; the middle alone; or all of it,
+smaller, between bars."""
 
 RATIO_MAX = 2.0
 """Longer side over shorter: up to here (a panorama is wider) half of the picture or more is still in its middle square,
@@ -14,6 +15,7 @@ and a stretched one is still itself to the eye."""
 _FITTED: dict[Fit, str] = {
     "stretched": "was stretched to the encoder's square",
     "cropped": "was cropped to its middle square, the rest is lost",
+    "padded": "was shrunk to fit between bars",
 }
 
 
@@ -24,3 +26,13 @@ def fit_warnings(height: int, width: int, how: Fit) -> tuple[str, ...]:
     if max(height, width) > RATIO_MAX * min(height, width):
         return (f"the picture is {width}x{height}: it {_FITTED[how]}",)
     return ()
+
+
+def text_warnings(count: int, length: int, unknown: int = 0) -> tuple[str, ...]:
+    """What to tell of a text of `count` tokens, of which the model takes `length` and does not know `unknown`."""
+    lost = []
+    if count > length:
+        lost.append(f"text cut to the model's length: {length} of {count} tokens kept")
+    if unknown:
+        lost.append(f"{unknown} of {count} tokens are unknown to the model: it was not trained on such text")
+    return tuple(lost)

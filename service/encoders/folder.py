@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from service.encoders.weights import said
 from service.errors import WeightsMissing, WeightsRefused
 
 PICKLES = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle"})
@@ -40,10 +41,9 @@ def model_folder(model: str, patterns: Sequence[str]) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=list(patterns)))
     except Exception as error:  # of its own, of its HTTP client, of the disk: the way out is the same
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsMissing(
-            f"{model} is neither a folder here nor to be had from the hub ({first}). With no network: copy the model's "
-            f"files ({', '.join(patterns)}) into a folder on this machine and name that"
+            f"{model} is neither a folder here nor to be had from the hub ({said(error)}). With no network: copy the "
+            f"model's files ({', '.join(patterns)}) into a folder on this machine and name that"
         ) from error
 
 

@@ -25,6 +25,7 @@ from service.encoders.fit import fit_warnings
 from service.encoders.halving import is_out_of_memory, run_batches
 from service.encoders.protocol import DIMENSION_MAX, Encoded, Picture, Source
 from service.encoders.visible import filled, observed_cells
+from service.encoders.weights import said
 from service.errors import InvalidRequest, WeightsRefused, WrongDimension
 
 PIXELS_AT_ONCE = 1 << 19
@@ -140,7 +141,7 @@ class GridEncoder:
             if is_out_of_memory(error):
                 raise
             raise WeightsRefused(
-                f"the model of {self.name!r} does not run in {self._precision} on {self._device}: {error}"
+                f"the model of {self.name!r} does not run in {self._precision} on {self._device}: {said(error)}"
             ) from error
         if drawn.shape != picture.shape or latents.ndim != 4 or latents.shape[2] != latents.shape[3]:
             raise WeightsRefused(

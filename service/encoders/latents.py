@@ -27,7 +27,7 @@ from pydantic import Field
 from service.encoders.device import torch_dtype
 from service.encoders.folder import model_folder, weights_file
 from service.encoders.grid import GridEncoder, GridOptions
-from service.encoders.weights import digest
+from service.encoders.weights import digest, said
 from service.errors import WeightsMissing, WeightsRefused
 
 CONFIG = "config.json"
@@ -95,7 +95,9 @@ def _load(class_name: str, options: LatentOptions, device: str) -> tuple[Any, st
             output_loading_info=True,
         )
     except Exception as error:  # a shape that differs, a file that ends early, a value that the class does not take
-        raise WeightsRefused(f"{folder} does not hold the {class_name} that its {CONFIG} describes: {error}") from error
+        raise WeightsRefused(
+            f"{folder} does not hold the {class_name} that its {CONFIG} describes: {said(error)}"
+        ) from error
     _refuse_differences(folder, found)
     model.eval().requires_grad_(False).to(device)
     described = {name: value for name, value in sorted(config.items()) if not name.startswith("_")}

@@ -20,6 +20,9 @@ from service.errors import WeightsMissing, WeightsRefused
 if TYPE_CHECKING:
     import torch
 
+SAID_MAX = 500
+"""Characters of a library's error that are shown: enough for the first tensors that differ, with their shapes."""
+
 
 @dataclass(frozen=True)
 class PackagedFile:
@@ -63,3 +66,9 @@ def digest(tensors: Mapping[str, torch.Tensor], *parts: object) -> str:
         found.update(values.reshape(-1).view(torch.uint8).numpy().data)
     found.update("|".join(map(str, parts)).encode())
     return found.hexdigest()[:32]
+
+
+def said(error: BaseException) -> str:
+    """What a library's error says, in one line: some are pages long."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    return message if len(message) <= SAID_MAX else f"{message[:SAID_MAX]}…"

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerFast
 
+from service.encoders import registry
 from service.encoders.clip import BATCH, OpenClip, OpenClipOptions
 from service.encoders.protocol import Encoder, Picture
-from service.errors import EmptyText, WeightsMissing
+from service.errors import EmptyText, WeightsMissing, WeightsRefused
 
 open_clip = pytest.importorskip("open_clip", reason="the `clip` extra is not installed")
 
@@ -102,6 +107,140 @@ def test_the_fingerprint_names_weights_and_preprocessing(
     assert OpenClip(options, device="cpu").fingerprint != encoder.fingerprint
 
 
+@pytest.mark.parametrize(("precision", "error"), [("fp16", 0.01), ("bf16", 0.05)])
+def test_half_precision_is_near_and_another_fingerprint(
+    encoder: OpenClip, folder: Path, precision: str, error: float
+) -> None:
+    half = registry.make("open_clip", {"model": f"local-dir:{folder}", "precision": precision})
+    some, texts = pictures(3), ["a cat", "two dogs"]
+    for found, expected in (
+        (half.encode_images(some).vectors, encoder.encode_images(some).vectors),
+        (half.encode_texts(texts).vectors, encoder.encode_texts(texts).vectors),
+    ):
+        assert found.dtype == np.float32
+        assert 0 < np.linalg.norm(found - expected) / np.linalg.norm(expected) < error
+    assert half.fingerprint != encoder.fingerprint
+
+
+def test_how_an_odd_picture_was_fitted_is_told(encoder: OpenClip, model: torch.nn.Module, tmp_path: Path) -> None:
+    odd = [Picture(np.full(shape, 9, dtype=np.uint8)) for shape in ((40, 90, 3), (1, 1, 3), (40, 60, 3))]
+    assert encoder.encode_images(odd).warnings == (
+        ("the picture is 90x40: it was cropped to its middle square, the rest is lost",),
+        ("the picture is one pixel: all that is encoded is its colour",),
+        (),
+    )
+    save_model(tmp_path, seed=0)
+    changed = {"model_cfg": CONFIG, "preprocess_cfg": {**PREPROCESS, "resize_mode": "squash"}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(changed))
+    squashing = OpenClip(OpenClipOptions(model=f"local-dir:{tmp_path}"), device="cpu")
+    assert "stretched" in squashing.encode_images(odd[:1]).warnings[0][0]
+
+
+def test_a_batch_that_does_not_fit_is_halved(encoder: OpenClip, monkeypatch: pytest.MonkeyPatch) -> None:
+    some, texts = pictures(6), ["a cat", "two dogs", "three"]
+    images, sentences = encoder.encode_images(some).vectors, encoder.encode_texts(texts).vectors
+    runs = []
+
+    def full(call: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+        def run(batch: torch.Tensor) -> torch.Tensor:
+            runs.append(len(batch))
+            if len(batch) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return call(batch)
+
+        return run
+
+    monkeypatch.setattr(encoder._model, "encode_image", full(encoder._model.encode_image))
+    monkeypatch.setattr(encoder._model, "encode_text", full(encoder._model.encode_text))
+    np.testing.assert_allclose(encoder.encode_images(some).vectors, images, atol=1e-5)
+    np.testing.assert_allclose(encoder.encode_texts(texts).vectors, sentences, atol=1e-5)
+    assert runs == [6, 3, 1, 1, 1, 1, 1, 1, 3, 1, 1, 1]
+
+
+def save_siglip(folder: Path) -> torch.nn.Module:
+    """A model as SigLIP's are in the library: a timm tower without a class token, a tokenizer of its own, a bias."""
+    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "cat": 4, "dog": 5}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    marks = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **marks).save_pretrained(folder)
+    config = {
+        "embed_dim": 64,
+        "init_logit_bias": -10,
+        "custom_text": True,
+        "vision_cfg": {
+            "image_size": 160, "timm_model_name": "test_vit", "timm_model_pretrained": False, "timm_pool": "map",
+            "timm_proj": "none",
+        },
+        "text_cfg": {
+            "context_length": 6, "vocab_size": 6, "hf_tokenizer_name": "timm/a-siglip", "width": 64, "heads": 2,
+            "layers": 1, "no_causal_mask": True, "proj_bias": True, "pool_type": "last",
+            "tokenizer_kwargs": {"clean": "canonicalize"}, "norm_kwargs": {"eps": 1e-6},
+        },
+    }  # fmt: skip
+    return save_custom(folder, config, {**PREPROCESS, "resize_mode": "squash"})
+
+
+def save_custom(folder: Path, config: dict[str, Any], preprocess: dict[str, Any]) -> torch.nn.Module:
+    torch.manual_seed(0)
+    built = {name: value for name, value in config.items() if name != "custom_text"}
+    model: torch.nn.Module = open_clip.CustomTextCLIP(**built)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    return model.eval()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_siglip_loads_from_its_folder_with_its_tokenizer(tmp_path: Path, precision: str) -> None:
+    model = save_siglip(tmp_path)
+    encoder = registry.make("open_clip", {"model": f"local-dir:{tmp_path}", "precision": precision})
+    encoded = encoder.encode_texts(["a cat", "a dog and a cat and a dog"])
+    assert encoded.warnings == (
+        (),
+        (
+            "text cut to the model's length: 6 of 8 tokens kept",
+            "2 of 8 tokens are unknown to the model: it was not trained on such text",
+        ),
+    )
+    some = [Picture(np.random.default_rng(0).integers(0, 256, (160, 160, 3), dtype=np.uint8))]
+    with torch.inference_mode():
+        texts = model.encode_text(torch.tensor([[3, 4, 0, 0, 0, 0], [3, 5, 2, 3, 4, 2]]))
+        pixels = torch.from_numpy(some[0].pixels).permute(2, 0, 1)[None] / 255
+        images = model.encode_image((pixels - 0.5) / 0.25)
+    error = {"fp32": 1e-5, "fp16": 0.01, "bf16": 0.05}[precision]
+    for found, expected in ((encoded.vectors, texts.numpy()), (encoder.encode_images(some).vectors, images.numpy())):
+        assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < error
+
+
+def test_a_siglip_without_its_tokenizer_says_what_the_folder_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_siglip(tmp_path)
+    for file in tmp_path.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(WeightsMissing, match="its tokenizer's files"):
+        OpenClip(OpenClipOptions(model=f"local-dir:{tmp_path}"), device="cpu")
+
+
+def test_a_mobileclip_loads_from_its_folder(tmp_path: Path) -> None:
+    config = {
+        "embed_dim": 24,
+        "custom_text": True,
+        "vision_cfg": {
+            "image_size": 64, "timm_model_name": "fastvit_mci0", "timm_model_pretrained": False, "timm_pool": "avg",
+            "timm_proj": None, "timm_drop": 0.0, "timm_drop_path": 0.0,
+        },
+        "text_cfg": {**CONFIG["text_cfg"], "no_causal_mask": True},
+    }  # fmt: skip
+    model = save_custom(tmp_path, config, PREPROCESS)
+    encoder = OpenClip(OpenClipOptions(model=f"local-dir:{tmp_path}"), device="cpu")
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    with torch.inference_mode():
+        expected = model.encode_image((torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255 - 0.5) / 0.25)
+    np.testing.assert_allclose(encoder.encode_images([Picture(pixels)]).vectors, expected.numpy(), atol=1e-4)
+    assert encoder.encode_texts(["a cat"]).vectors.shape == (1, 24)
+
+
 def test_a_named_model_takes_a_weights_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "tiny-of-the-tests.json").write_text(json.dumps(CONFIG))
@@ -124,6 +263,38 @@ def test_weights_that_are_not_there_are_missing_never_random(tmp_path: Path) -> 
         OpenClip(OpenClipOptions(model="ViT-B-32", pretrained="no-such-tag"), device="cpu")
     with pytest.raises(WeightsMissing, match="no-such-folder"):
         OpenClip(OpenClipOptions(model="local-dir:/no-such-folder"), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "said"),
+    [
+        ("vision_cfg", {"image_size": 64}, "visual.positional_embedding of .5, 64., and the model .* .17, 64."),
+        ("text_cfg", {"context_length": 20}, "positional_embedding of .16, 32., and the model .* .20, 32."),
+        ("text_cfg", {"layers": 2}, r"Missing key.*resblocks\.1"),
+        ("text_cfg", {"width": 64}, "could not load .*width"),
+    ],
+)
+def test_tensors_of_another_architecture_are_refused(
+    tmp_path: Path, part: str, change: dict[str, int], said: str
+) -> None:
+    save_model(tmp_path, seed=0)
+    config = {**CONFIG, part: {**CONFIG[part], **change}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": PREPROCESS}))
+    with pytest.raises(WeightsRefused, match=f"(?s){said}"):
+        OpenClip(OpenClipOptions(model=f"local-dir:{tmp_path}"), device="cpu")
+
+
+def test_a_pickle_is_refused_whether_it_lies_in_a_folder_or_is_named(tmp_path: Path) -> None:
+    model = save_model(tmp_path, seed=0)
+    (tmp_path / "open_clip_model.safetensors").unlink()
+    pickled = tmp_path / "open_clip_pytorch_model.bin"
+    torch.save(model.state_dict(), pickled)
+    for options in (
+        OpenClipOptions(model=f"local-dir:{tmp_path}"),
+        OpenClipOptions(model="ViT-B-32", pretrained=str(pickled)),
+    ):
+        with pytest.raises(WeightsRefused, match=r"pickle.*engram convert-weights .*\.bin .*\.safetensors"):
+            OpenClip(options, device="cpu")
 
 
 def test_weights_are_named_exactly_once() -> None:

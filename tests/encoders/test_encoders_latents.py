@@ -196,6 +196,21 @@ def test_a_part_of_a_pipeline_is_named_by_its_subfolder(tmp_path: Path) -> None:
         made("kl", tmp_path, subfolder="../vae")
 
 
+def test_the_older_names_of_attention_are_taken_as_those_checkpoints_have_them(tmp_path: Path) -> None:
+    saved(tmp_path, a_kl())
+    expected = made("kl", tmp_path)
+    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = {}
+    for name, tensor in load_file(tmp_path / WEIGHTS).items():
+        for now, then in older.items():
+            name = name.replace(f"attentions.0.{now}.", f"attentions.0.{then}.")
+        tensors[name] = tensor
+    assert any(".proj_attn." in name for name in tensors)
+    shutil.copytree(tmp_path, old := tmp_path / "old")
+    save_file(tensors, old / WEIGHTS, {"format": "pt"})
+    assert made("kl", old).fingerprint == expected.fingerprint
+
+
 @pytest.mark.parametrize(
     ("size", "said"), [(30, "multiple of 4"), (2048, "at most 65,536: take a size of at most 588"), (4, "greater")]
 )
