@@ -39,12 +39,9 @@ from service.bank.keys import Named, Projection, Scales
 from service.bank.layout import Layout, Prepared, Rows, prepare
 from service.bank.merge import merge, merged_scales
 from service.bank.segment import Part, Segment
-from service.bank.view import View
+from service.bank.view import SCAN_VALUES_MAX, View
 from service.core.similarity import Kernel
 from service.errors import InvalidRequest, WrongDimension
-
-SCAN_VALUES_MAX = 8_000_000
-"""Rows × D scanned at most: about 2 ms for one cue on one CPU core, 10,000 rows of 784 values."""
 
 SCAN_SHARE_BESIDE_GRAPHS = 1 / 16
 """Half a million values are scanned in the 0.1 ms that one search of a graph takes."""
@@ -88,7 +85,7 @@ class Bank:
         self._sealing = threading.Lock()
         self._written_at = time.monotonic()
         self._graph_kernels: dict[str, Kernel] = {}
-        self._view = View(layout, self.device, (Part(Segment(layout, self.device), 0),), 0, {})
+        self._view = self._seen((Part(Segment(layout, self.device), 0),), 0, {})
 
     @property
     def version(self) -> int:
@@ -96,6 +93,9 @@ class Bank:
 
     def view(self) -> View:
         return self._view
+
+    def _seen(self, parts: Sequence[Part], version: int, kernels: Mapping[Named, Projection]) -> View:
+        return View(self.layout, self.device, tuple(parts), version, kernels, self._scan_values_max)
 
     def sizes(self) -> dict[str, int]:
         """Bytes by kind: `patterns`, `keys` (all that kernels take), `graph`, `payloads`, `ids` (strings and tables by
@@ -128,7 +128,7 @@ class Bank:
                 new = {named: each for named, each in view.kernels.items() if named not in inverses}
                 parts[-1] = parts[-1].appended(prepared, inverses | self._inverses(prepared, new))
             self._written_at = time.monotonic()
-            self._view = View(self.layout, self.device, tuple(parts), version, view.kernels)
+            self._view = self._seen(parts, version, view.kernels)
 
     def _inverses(self, rows: Prepared, kernels: Mapping[Named, Projection]) -> dict[Named, torch.Tensor]:
         empty = Scales(torch.zeros(0, device=self.device))
@@ -175,7 +175,7 @@ class Bank:
                     replace(part, scales={**part.scales, (space, kernel): scales[part.segment]}) for part in view.parts
                 ]
                 kernels = {**view.kernels, (space, kernel): projection}
-                self._view = View(self.layout, self.device, tuple(parts), view.version, kernels)
+                self._view = self._seen(parts, view.version, kernels)
                 return
 
     def _caught_up(
@@ -201,7 +201,7 @@ class Bank:
                 for part in view.parts
             ]
             kernels = {named: each for named, each in view.kernels.items() if named[1] is not kernel}
-            self._view = View(self.layout, self.device, tuple(parts), view.version, kernels)
+            self._view = self._seen(parts, view.version, kernels)
 
     def set_graph_kernel(self, space: str, kernel: Kernel | None) -> None:
         """Build the graphs of `space` on this kernel's keys, or (None) on the rows as they are.
@@ -238,12 +238,14 @@ class Bank:
                 if view.parts[-1].segment in {part.segment for part in due}:
                     nothing = dict.fromkeys(view.kernels, Scales(torch.zeros(0, device=self.device)))
                     tail = Part(Segment(self.layout, self.device), 0, nothing)
-                    self._view = View(self.layout, self.device, (*view.parts, tail), view.version, view.kernels)
+                    self._view = self._seen((*view.parts, tail), view.version, view.kernels)
                 kernels = {s: (kernel, view.kernels[s, kernel]) for s, kernel in self._graph_kernels.items()}
             beside_graphs = any(part.segment.built_on for part in view.parts if part not in due)
             alive_values = self.layout.dimension * sum(part.alive for part in due)
             with_graphs = alive_values > self._scan_budget(beside_graphs)
             merged, moved = merge(due, kernels if with_graphs else None)
+            # In the background, as the graphs are: the first to filter need not wait for what was there before.
+            merged.filtering.warm({path: None for part in due for path in part.segment.filtering.paths})
             with self._writing:
                 self._swap(due, merged, moved)
             return True
@@ -266,7 +268,7 @@ class Bank:
         replaced = {part.segment for part in due}
         kept = [part for part in view.parts if part.segment not in replaced]
         parts = (*([sealed] if sealed.alive else []), *kept)
-        self._view = View(self.layout, self.device, parts, view.version, view.kernels)
+        self._view = self._seen(parts, view.version, view.kernels)
 
     def _scan_budget(self, beside_graphs: bool) -> float:
         if self.device.type != "cpu":

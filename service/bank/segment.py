@@ -9,6 +9,7 @@ Rules:
 - Deleting or replacing a row copies the part's bitmap (a byte a row: about 30 µs for a million rows), once per write.
 - Where a space has a graph over all of a segment's rows, the segment's matrix is the graph's storage. A graph leaves
   out rows that lack its space (equal rows would crowd it), and then keeps its own copy of the others.
+- A filter, or ids left out, are more dead rows: a part that is restricted is a part like any other.
 - A graph is of one metric: it serves the searches under the kernel that it was built on (or under none), and others
   scan. A graph under a kernel is over keys, and those are its own.
 """
@@ -16,7 +17,7 @@ Rules:
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -24,10 +25,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from service.bank.filtering import Filtering
 from service.bank.index import SEARCH_DEPTH, Alive, Graph
 from service.bank.keys import Named, Projection, Scales
 from service.bank.layout import Layout, Prepared
 from service.bank.queries import Queries
+from service.core.filter import Clause
 from service.core.similarity import Kernel
 
 BLOCK_VALUES_MAX = 2**26
@@ -71,6 +74,7 @@ class Segment:
         self.norm_max = 0.0
         self.ids: list[str] = []
         self.payloads: list[bytes | None] = []
+        self.filtering = Filtering(self.ids, self.payloads)
         self.graphs: dict[str, Graph] = {}
         self.built_on: dict[str, Kernel | None] = {}
         """Per space the kernel of its graph; a space that no row has is here, but has no graph. Empty until built."""
@@ -142,7 +146,7 @@ class Segment:
 
     def sizes(self) -> dict[str, int]:
         """Bytes per kind: `patterns`, `keys`, `graph` (with the copies of graphs that leave rows out), `payloads`,
-        `ids`."""
+        `columns` (of those, for filters), `ids`."""
         blocks = [*self.vectors.values(), *self.norms.values()]
         keyed = [graph for name, graph in self.graphs.items() if self.built_on[name] is not None]
         copies = [graph for graph in self.graphs.values() if graph not in keyed and graph.rows is not None]
@@ -151,6 +155,7 @@ class Segment:
             "keys": sum(graph.matrix.nbytes for graph in keyed),
             "graph": sum(g.size_bytes for g in self.graphs.values()) + sum(g.matrix.nbytes for g in copies),
             "payloads": self._payload_bytes + sys.getsizeof(self.payloads),
+            "columns": self.filtering.size_bytes,
             "ids": self._text_bytes
             + sys.getsizeof(self.ids)
             + sys.getsizeof(self._newest)
@@ -168,8 +173,8 @@ def _grown(block: Tensor, capacity: int, count: int) -> Tensor:
 class Part:
     """The first `count` rows of a segment, less the dead ones: what one version of the bank sees of it.
 
-    `dead` is a bool bitmap of at least `count` rows, or None. `scales` are there for every kernel of the version. Rows
-    below are the segment's own, from 0.
+    `dead` is a bool bitmap of at least `count` rows, or None. `scales` are there for every kernel of the version.
+    `scanned`: a scan is as quick as a graph, so few rows does a filter leave. Rows below are the segment's own, from 0.
     """
 
     segment: Segment
@@ -177,6 +182,7 @@ class Part:
     scales: Mapping[Named, Scales] = field(default_factory=dict)
     dead: Tensor | None = None
     dead_count: int = 0
+    scanned: bool = False
 
     @property
     def alive(self) -> int:
@@ -200,6 +206,21 @@ class Part:
         scales = {named: scales.appended(inverses[named], capacity) for named, scales in self.scales.items()}
         return replace(self, count=self.segment.count, scales=scales, dead=dead)
 
+    def restricted(self, clause: Clause | None, left_out: Sequence[int], scan_values_max: int) -> Part:
+        """This part with those rows alone that a filter keeps, less `left_out`; no rows are to be appended to it."""
+        if clause is None and not left_out:
+            return self
+        if clause is None:
+            kept = torch.ones(self.count, dtype=torch.bool, device=self.segment.device)
+        else:
+            kept = torch.from_numpy(self.segment.filtering.mask(clause, self.count)).to(self.segment.device, copy=True)
+        kept[list(left_out)] = False
+        if self.dead is not None:
+            kept &= ~self.dead[: self.count]
+        alive = int(kept.sum())
+        scanned = alive * self.segment.layout.dimension <= scan_values_max
+        return replace(self, dead=~kept, dead_count=self.count - alive, scanned=scanned)
+
     def _dead_bitmap(self, capacity: int) -> Bool[Tensor, " capacity"]:
         bitmap = torch.zeros(capacity, dtype=torch.bool, device=self.segment.device)
         if self.dead is not None:
@@ -220,7 +241,8 @@ class Part:
     def search(self, queries: Queries, limit: int, exact: bool) -> tuple[Tensor, Tensor, bool]:
         """At most `limit` alive rows per cue by falling score: (batch, k) scores, rows (-1 and -inf where none), and
         whether every row was compared."""
-        if not exact and self._has_graphs_for(queries) and self.alive >= SPARSE_SHARE * self.count:
+        sparse = self.scanned or self.alive < SPARSE_SHARE * self.count
+        if not exact and not sparse and self._has_graphs_for(queries):
             found = self._search_graphs(queries, limit)
             if found is not None:
                 return *found, False

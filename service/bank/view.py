@@ -24,12 +24,21 @@ from service.bank.keys import Named, Projection
 from service.bank.layout import Layout
 from service.bank.queries import Queries, make_queries
 from service.bank.segment import Part, Segment
+from service.core.filter import Clause
 from service.core.similarity import Kernel
 from service.errors import InvalidRequest
 
 MATRIX_BYTES_MAX = 2**30
 """What `View.matrix` copies at most, and a view keeps of such copies: a dense recall over more takes seconds a step,
 and every version would keep a copy."""
+
+SCAN_VALUES_MAX = 8_000_000
+"""Rows × D scanned at most: about 2 ms for one cue on one CPU core, 10,000 rows of 784 values."""
+
+RESTRICTIONS_KEPT = 8
+"""Restrictions that a view keeps: each has a bitmap or two and the numbers of its rows, up to ten bytes a row."""
+
+Restriction = tuple[Clause | None, frozenset[str]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +62,7 @@ class View:
         parts: tuple[Part, ...],
         version: int,
         kernels: Mapping[Named, Projection],
+        scan_values_max: int = SCAN_VALUES_MAX,
     ) -> None:
         self.layout = layout
         self.device = device
@@ -68,7 +78,9 @@ class View:
         self.starts = tuple(starts)
         """Part i has the rows from starts[i] up to starts[i + 1], dead ones among them."""
 
+        self.scan_values_max = scan_values_max
         self._matrices: dict[tuple[frozenset[Named], bool], Tensor] = {}
+        self._restricted: dict[Restriction, View] = {}
 
     @property
     def norm_max(self) -> float:
@@ -96,6 +108,26 @@ class View:
         if kernels and raw:
             raise ValueError("a kernel compares directions, not raw values")
         return kernels or {}
+
+    def restricted(self, clause: Clause | None, exclude: frozenset[str] = frozenset()) -> View:
+        """This view with those memories alone that a filter keeps, less those whose ids are in `exclude`. Its rows have
+        the same numbers.
+
+        The last few are kept: the filters of an application recur, and between two writes nothing of them changes.
+        """
+        if (clause is None or clause.empty) and not exclude:
+            return self
+        if (kept := self._restricted.get((clause, exclude))) is not None:
+            return kept
+        parts = []
+        for part in self.parts:
+            rows = (part.row_of(memory_id) for memory_id in exclude)
+            parts.append(part.restricted(clause, [row for row in rows if row is not None], self.scan_values_max))
+        view = View(self.layout, self.device, tuple(parts), self.version, self.kernels, self.scan_values_max)
+        # Replaced by one assignment, as other readers may be looking.
+        others = dict(list(self._restricted.items())[-RESTRICTIONS_KEPT + 1 :])
+        self._restricted = {**others, (clause, exclude): view}
+        return view
 
     # --- search -------------------------------------------------------------------------------------------------------
 

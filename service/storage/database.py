@@ -21,9 +21,9 @@ import alembic.config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import URL, Connection, Engine, ExceptionContext, QueuePool, create_engine, event
-from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from service.core.filter import moment
 from service.errors import StorageFull, StorageUnavailable, TooBusy
 
 MIGRATIONS = Path(__file__).parents[2] / "migrations"
@@ -134,7 +134,7 @@ def _sqlite_engine(path: Path) -> Engine:
     )
 
     @event.listens_for(engine, "connect")
-    def configure(connection: DBAPIConnection, _record: object) -> None:
+    def configure(connection: sqlite3.Connection, _record: object) -> None:
         connection.isolation_level = None  # the driver begins no transaction of its own; `begin` below does
         cursor = connection.cursor()
         for pragma in (
@@ -144,6 +144,7 @@ def _sqlite_engine(path: Path) -> Engine:
         ):  # the log shrinks to 64 MiB
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
+        connection.create_function("engram_moment", 1, _moment, deterministic=True)
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
@@ -151,6 +152,11 @@ def _sqlite_engine(path: Path) -> Engine:
 
     event.listen(engine, "handle_error", _translate)
     return engine
+
+
+def _moment(value: object) -> int | None:
+    """For filters on dates (see filtering.py): SQL may ask before it has looked at a value's type."""
+    return moment(value) if isinstance(value, str) else None
 
 
 def _translate(context: ExceptionContext) -> None:

@@ -1,5 +1,5 @@
-"""All rows of one database behind one object: collections here; memories, drafts, jobs and what was learned in the
-modules of their names.
+"""All rows of one database behind one object: collections here; memories (and the choice among them), drafts, jobs and
+what was learned in the modules of their names.
 
 Rules:
 - Whoever writes goes through the `Writer` and is answered after the commit; whoever reads sees one state of the
@@ -24,6 +24,7 @@ from service.storage.drafts import Drafts
 from service.storage.jobs import Jobs
 from service.storage.learned import Learned
 from service.storage.memories import Memories
+from service.storage.selection import Selection
 from service.storage.tables import collections, memories, name_versions
 from service.storage.writer import Writer
 
@@ -42,7 +43,7 @@ class Collection:
     generation: int = 0
 
 
-class Repository(Memories, Drafts, Jobs, Learned):
+class Repository(Memories, Selection, Drafts, Jobs, Learned):
     """Everything stored in one database. Safe to use from several threads."""
 
     def __init__(self, database: Database, writer: Writer) -> None:

@@ -1,0 +1,145 @@
+"""Which rows of a segment a filter keeps.
+
+Rules:
+- Rows are only ever appended and never change, so neither does what a filter says of them: both columns and answers
+  are kept, and only rows that came since are looked at again.
+- Readers come from any thread; one at a time is served here, mostly by a look into a table.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from functools import reduce
+
+import numpy as np
+
+from service.bank.columns import Column, Mask, make_columns
+from service.core.filter import AnyOf, Clause, Except, Exists, Ids, Node, Null, Path, Prefix, Range, paths
+
+BLOCK_ROWS = 8192
+"""Rows of one block of columns: the last one of a tail is made again for rows that came since, in some ten
+milliseconds."""
+
+PATHS_MAX = 64
+"""Paths whose columns are kept, the last asked for: what filters of one application ask about."""
+
+MASKS_BYTES_MAX = 2**24
+"""Answers kept, a byte a row: some hundred filters over a hundred thousand rows."""
+
+
+class Filtering:
+    """The columns and answers of one segment, over its own (growing) lists of ids and payloads."""
+
+    def __init__(self, ids: Sequence[str], payloads: Sequence[bytes | None]) -> None:
+        self._ids = ids
+        self._payloads = payloads
+        self._blocks: OrderedDict[Path, dict[int, Column]] = OrderedDict()
+        self._masks: OrderedDict[Clause, Mask] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def mask(self, clause: Clause, count: int) -> Mask:
+        """(count,) of the first `count` rows: True where the filter keeps one. Not to be written to."""
+        with self._lock:
+            mask = self._masks.pop(clause, None)
+            done = 0 if mask is None else len(mask)
+            if done < count:
+                asked = list(dict.fromkeys(paths(clause)))
+                parts = [] if mask is None else [mask]
+                while done < count:
+                    start, done = done, min(count, (done // BLOCK_ROWS + 1) * BLOCK_ROWS)
+                    parts.append(self._evaluated(clause, asked, start, done))
+                mask = np.concatenate(parts) if len(parts) > 1 else parts[0]
+            elif mask is None:
+                mask = np.zeros(0, np.bool_)
+            self._masks[clause] = mask
+            self._shrink()
+            return mask[:count]
+
+    def warm(self, asked: Iterable[Path]) -> None:
+        """Make the columns of these paths, before anybody waits for them."""
+        with self._lock:
+            wanted = list(asked)[:PATHS_MAX]
+            for start in range(0, len(self._payloads), BLOCK_ROWS):
+                self._make(wanted, start // BLOCK_ROWS, min(start + BLOCK_ROWS, len(self._payloads)))
+
+    @property
+    def paths(self) -> list[Path]:
+        """Those whose columns are kept, the last asked for at the end."""
+        with self._lock:
+            return list(self._blocks)
+
+    @property
+    def size_bytes(self) -> int:
+        with self._lock:
+            columns = sum(column.size_bytes for blocks in self._blocks.values() for column in blocks.values())
+            return columns + sum(len(mask) for mask in self._masks.values())
+
+    def _evaluated(self, clause: Clause, asked: Sequence[Path], start: int, stop: int) -> Mask:
+        """Of rows from `start` to `stop`, which lie in one block."""
+        block = start // BLOCK_ROWS
+        self._make(asked, block, stop)
+        first = block * BLOCK_ROWS
+        columns = {path: self._blocks[path][block] for path in asked}
+        return _Block(columns, self._ids[first:stop]).mask(clause)[start - first : stop - first]
+
+    def _make(self, asked: Sequence[Path], block: int, stop: int) -> None:
+        """Bring a block's columns of the paths asked for up to row `stop`."""
+        first = block * BLOCK_ROWS
+        due = []
+        for path in asked:
+            blocks = self._blocks.setdefault(path, {})
+            self._blocks.move_to_end(path)
+            if block not in blocks or first + blocks[block].rows < stop:
+                due.append(path)
+        made = make_columns(self._payloads[first:stop], due) if due else []
+        for path, column in zip(due, made, strict=True):
+            self._blocks[path][block] = column
+
+    def _shrink(self) -> None:
+        while len(self._blocks) > PATHS_MAX:
+            self._blocks.popitem(last=False)
+        kept = sum(len(mask) for mask in self._masks.values())
+        while kept > MASKS_BYTES_MAX and len(self._masks) > 1:
+            kept -= len(self._masks.popitem(last=False)[1])
+
+
+class _Block:
+    """One block of rows, for which a filter is evaluated."""
+
+    def __init__(self, columns: dict[Path, Column], ids: Sequence[str]) -> None:
+        self._columns = columns
+        self._ids = ids
+
+    def mask(self, node: Node) -> Mask:
+        match node:
+            case Clause(must, should, must_not):
+                mask = np.ones(len(self._ids), np.bool_)
+                for part in must:
+                    mask &= self.mask(part)
+                if should:
+                    mask &= reduce(np.logical_or, map(self.mask, should))
+                for part in must_not:
+                    mask &= ~self.mask(part)
+                return mask
+            case Ids(ids):
+                return np.fromiter((each in ids for each in self._ids), np.bool_, len(self._ids))
+        mask = self._of_column(self._columns[node.path], node)[: len(self._ids)]
+        return mask
+
+    @staticmethod
+    def _of_column(column: Column, node: AnyOf | Except | Range | Exists | Null | Prefix) -> Mask:
+        match node:
+            case AnyOf(_, values):
+                return column.any_of(values)
+            case Except(_, values):
+                return column.none_of(values)
+            case Range(_, bounds, moments):
+                return column.moments_within(bounds) if moments else column.within(bounds)
+            case Exists():
+                return column.exists()
+            case Null():
+                return column.null()
+            case Prefix(_, text):
+                return column.prefix(text)

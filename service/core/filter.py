@@ -1,0 +1,165 @@
+"""Filters over payloads: what a condition is, and what it means.
+
+A filter is a tree of frozen values, equal where they mean the same, so that it can be a key of a cache. Whoever
+evaluates one (the bank on its columns, storage in SQL) gives the same memories.
+
+Rules:
+- A path is the keys from the payload's root. An array on the way, or at its end, stands for each of its elements (not
+  for those of arrays inside it): a condition holds where it holds for one of these *elements*.
+- A memory without the key, or without a payload, meets no condition on it; only what negates one lets it in.
+- Numbers are compared by value (1 = 1.0), truth values and numbers never are (true ≠ 1), texts by code point. An
+  integer beyond 64 bits, sign included, is the float64 next to it, as databases have it.
+- Moments are RFC 3339's, to the microsecond (further digits are cut); a date alone is its midnight, and what has no
+  offset is in UTC.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+INTEGER_MIN, INTEGER_MAX = -(2**63), 2**63 - 1
+
+Path = tuple[str, ...]
+Number = int | float
+
+
+@dataclass(frozen=True)
+class Values:
+    """Scalars told apart by type: in a plain set true would be 1."""
+
+    texts: frozenset[str] = frozenset()
+    truths: frozenset[bool] = frozenset()
+    numbers: frozenset[Number] = frozenset()
+
+    @classmethod
+    def of(cls, values: list[str | bool | int | float]) -> Values:
+        """Raises OverflowError for an integer beyond float64."""
+        return cls(
+            frozenset(value for value in values if isinstance(value, str)),
+            frozenset(value for value in values if isinstance(value, bool)),
+            frozenset(number(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)),
+        )
+
+
+@dataclass(frozen=True)
+class AnyOf:
+    """Some element is one of these."""
+
+    path: Path
+    values: Values
+
+
+@dataclass(frozen=True)
+class Except:
+    """Some element is neither null nor one of these."""
+
+    path: Path
+    values: Values
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """gt < x, gte ≤ x, x < lt, x ≤ lte, all that are given."""
+
+    gt: Number | None = None
+    gte: Number | None = None
+    lt: Number | None = None
+    lte: Number | None = None
+
+
+@dataclass(frozen=True)
+class Range:
+    """Some element is a number within the bounds; with `moments` a text that is a moment within them (microseconds
+    since 1970)."""
+
+    path: Path
+    bounds: Bounds
+    moments: bool = False
+
+
+@dataclass(frozen=True)
+class Exists:
+    """The key is there, whatever its value."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
+class Null:
+    """Some element is null."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Some element is a text that begins with this."""
+
+    path: Path
+    text: str
+
+
+@dataclass(frozen=True)
+class Ids:
+    """The memory has one of these ids."""
+
+    ids: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Clause:
+    """All of `must`, none of `must_not`, and one at least of `should` unless that is empty."""
+
+    must: tuple[Node, ...] = field(default=())
+    should: tuple[Node, ...] = field(default=())
+    must_not: tuple[Node, ...] = field(default=())
+
+    @property
+    def empty(self) -> bool:
+        return not (self.must or self.should or self.must_not)
+
+
+Node = AnyOf | Except | Range | Exists | Null | Prefix | Ids | Clause
+
+
+def number(value: Number) -> Number:
+    """As it is compared: an integer of more than 64 bits as a float64. Raises OverflowError beyond float64."""
+    return value if isinstance(value, float) or INTEGER_MIN <= value <= INTEGER_MAX else float(value)
+
+
+def paths(node: Node) -> Iterator[Path]:
+    """The paths that a filter asks about."""
+    if isinstance(node, Clause):
+        for part in (*node.must, *node.should, *node.must_not):
+            yield from paths(part)
+    elif not isinstance(node, Ids):
+        yield node.path
+
+
+_MOMENT = re.compile(
+    r"([0-9]{4})-([0-9]{2})-([0-9]{2})"
+    r"(?:[Tt ]([0-9]{2}):([0-9]{2})(?::([0-9]{2})(?:\.([0-9]+))?)?(?:[Zz]|([+-])([0-9]{2}):([0-9]{2}))?)?"
+)
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def moment(text: str) -> int | None:
+    """Microseconds since 1970 of an RFC 3339 date or date with time, negative before; None where it is neither."""
+    found = _MOMENT.fullmatch(text)
+    if found is None:
+        return None
+    year, month, day, hour, minute, second = (int(part or 0) for part in found.groups()[:6])
+    fraction, sign, hours, minutes = found.groups()[6:]
+    if int(hours or 0) > 23 or int(minutes or 0) > 59 or second > 60:
+        return None
+    try:
+        # A leap second is the second after the 59th, as in POSIX time.
+        local = datetime(year, month, day, hour, minute, min(second, 59), tzinfo=UTC)
+    except ValueError:
+        return None
+    offset = timedelta(hours=int(hours or 0), minutes=int(minutes or 0)) * (-1 if sign == "-" else 1)
+    since = (local - _EPOCH) - offset + timedelta(seconds=second // 60)
+    return since // timedelta(microseconds=1) + int((fraction or "")[:6].ljust(6, "0"))
