@@ -37,6 +37,7 @@ CONVERTED = {
     "RGBX": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "LAB": "RGB", "HSV": "RGB", "La": "LA", "PA": "RGBA", "RGBa": "RGBA",
 }  # colour modes of Pillow's that PNG does not have  # fmt: skip
 WIDE_MODES = ("I", "F", "I;16L")  # nor these: they go as TIFF, and the engine scales them to 8 bits as in any file
+PAGE = 256  # memories of a scroll's page: some hundred kilobytes of payloads and texts
 POLL_S = 0.2  # between two looks at a calibration, which takes seconds
 
 
@@ -185,21 +186,54 @@ class Collection:
         return Operation.of(self._transport.train(self.name, request))
 
     def get(self, memory_id: str) -> Memory:
+        """Raises `MemoryNotFound`."""
         return Memory.of(self._transport.get_memory(self.name, memory_id))
+
+    def get_many(self, ids: Iterable[str]) -> list[Memory]:
+        """Those of `ids` that exist, in the order asked for."""
+        wanted = list(ids)
+        found: list[Memory] = []
+        for start in range(0, len(wanted), PAGE):
+            reply = self._transport.get_memories(self.name, {"ids": wanted[start : start + PAGE]})
+            found += map(Memory.of, reply["memories"])
+        return found
+
+    def scroll(self, filter: Mapping[str, Any] | None = None, *, batch: int = PAGE) -> Iterator[Memory]:
+        """Every memory, or those that a filter keeps, in the order in which they were first stored.
+
+        Asked for `batch` at a time, while the iterator is read.
+        """
+        request: Body = _given(filter=filter, limit=batch)
+        while True:
+            reply = self._transport.scroll(self.name, request)
+            yield from map(Memory.of, reply["memories"])
+            if reply["next_cursor"] is None:
+                return
+            request["cursor"] = reply["next_cursor"]
 
     def content(self, memory_id: str) -> bytes:
         """The stored original, byte for byte."""
         return self._transport.get_content(self.name, memory_id)
 
-    def delete(self, ids: str | Sequence[str]) -> list[str]:
-        """Forget memories; the ids that were there."""
-        deleted: list[str] = self._transport.delete_memories(self.name, [ids] if isinstance(ids, str) else ids)[
-            "deleted"
-        ]
+    def delete(
+        self,
+        ids: str | Sequence[str] | None = None,
+        *,
+        filter: Mapping[str, Any] | None = None,
+        dry_run: bool = False,
+    ) -> list[str]:
+        """Forget memories, by their ids or all that a filter keeps; the ids that were there, the first 10,000 of them.
+
+        `dry_run`: say which it would be, and forget nothing.
+        """
+        asked = [ids] if isinstance(ids, str) else None if ids is None else list(ids)
+        request = _given(ids=asked, filter=filter, dry_run=dry_run)
+        deleted: list[str] = self._transport.delete_memories(self.name, request)["deleted"]
         return deleted
 
-    def count(self) -> int:
-        return self._transport.count(self.name)
+    def count(self, filter: Mapping[str, Any] | None = None) -> int:
+        """How many memories there are, or a filter keeps."""
+        return int(self._transport.count(self.name, _given(filter=filter))["count"])
 
     def info(self) -> CollectionInfo:
         return CollectionInfo.of(self._transport.get_collection(self.name))
@@ -258,6 +292,10 @@ def _requests(memories: Iterable[Mapping[str, Any]], count_max: int) -> Iterator
         size_bytes += image_bytes
     if request:
         yield request
+
+
+def _given(**fields: Any) -> Body:
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _cue(cue: Mapping[str, Any]) -> Body:

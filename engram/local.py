@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,7 +18,8 @@ from service import settings
 from service.api.bodies import validate
 from service.app.engine import Engine
 from service.app.fields import Name, faults
-from service.app.schemas import CollectionConfig, DeleteRequest, RecallRequest, StoreRequest, TrainRequest
+from service.app.memory_schemas import CountRequest, DeleteRequest, GetRequest, ScrollRequest
+from service.app.schemas import CollectionConfig, RecallRequest, StoreRequest, TrainRequest
 from service.errors import InvalidRequest
 from service.observability import configure_logging
 from workers.loop import running
@@ -78,11 +78,17 @@ class LocalTransport:
     def get_content(self, name: str, memory_id: str) -> bytes:
         return self._engine.content(name, memory_id)[0]
 
-    def delete_memories(self, name: str, ids: Sequence[str]) -> Body:
-        return _body(self._engine.delete_memories(name, validate(DeleteRequest, {"ids": list(ids)}).ids))
+    def get_memories(self, name: str, request: Body) -> Body:
+        return _body(self._engine.memories(name, validate(GetRequest, request)))
 
-    def count(self, name: str) -> int:
-        return self._engine.count(name).count
+    def scroll(self, name: str, request: Body) -> Body:
+        return _body(self._engine.scroll(name, validate(ScrollRequest, request)))
+
+    def delete_memories(self, name: str, request: Body) -> Body:
+        return _body(self._engine.delete(name, validate(DeleteRequest, request)))
+
+    def count(self, name: str, request: Body) -> Body:
+        return _body(self._engine.count(name, validate(CountRequest, request)))
 
     def cancel_operation(self, operation_id: str) -> Body:
         return _body(self._engine.cancel(operation_id))

@@ -9,7 +9,7 @@ Rules:
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 from urllib.parse import quote
 
@@ -38,8 +38,10 @@ class Transport(Protocol):
     def retire_kernel(self, name: str, kernel_id: str) -> None: ...
     def get_memory(self, name: str, memory_id: str) -> Body: ...
     def get_content(self, name: str, memory_id: str) -> bytes: ...
-    def delete_memories(self, name: str, ids: Sequence[str]) -> Body: ...
-    def count(self, name: str) -> int: ...
+    def get_memories(self, name: str, request: Body) -> Body: ...
+    def scroll(self, name: str, request: Body) -> Body: ...
+    def delete_memories(self, name: str, request: Body) -> Body: ...
+    def count(self, name: str, request: Body) -> Body: ...
     def get_operation(self, operation_id: str) -> Body: ...
     def cancel_operation(self, operation_id: str) -> Body: ...
     def close(self) -> None: ...
@@ -91,11 +93,17 @@ class HttpTransport:
     def get_content(self, name: str, memory_id: str) -> bytes:
         return self._send("GET", _path("collections", name, "memories", memory_id, "content")).content
 
-    def delete_memories(self, name: str, ids: Sequence[str]) -> Body:
-        return self._json("POST", _path("collections", name, "memories", "delete"), {"ids": list(ids)})
+    def get_memories(self, name: str, request: Body) -> Body:
+        return self._json("POST", _path("collections", name, "memories", "get"), request)
 
-    def count(self, name: str) -> int:
-        return int(self._json("POST", _path("collections", name, "memories", "count"), {})["count"])
+    def scroll(self, name: str, request: Body) -> Body:
+        return self._json("POST", _path("collections", name, "memories", "scroll"), request)
+
+    def delete_memories(self, name: str, request: Body) -> Body:
+        return self._json("POST", _path("collections", name, "memories", "delete"), request)
+
+    def count(self, name: str, request: Body) -> Body:
+        return self._json("POST", _path("collections", name, "memories", "count"), request)
 
     def cancel_operation(self, operation_id: str) -> Body:
         return self._json("DELETE", _path("operations", operation_id))

@@ -23,15 +23,22 @@ from service.api import bodies, problems
 from service.api.edge import Edge
 from service.app.engine import Engine
 from service.app.kernel_schemas import KernelList
+from service.app.memory_schemas import (
+    CountReply,
+    CountRequest,
+    DeleteReply,
+    DeleteRequest,
+    GetReply,
+    GetRequest,
+    MemoryInfo,
+    ScrollReply,
+    ScrollRequest,
+)
 from service.app.reports import Diagnostics
 from service.app.schemas import (
     CollectionConfig,
     CollectionInfo,
     CollectionList,
-    CountReply,
-    DeleteReply,
-    DeleteRequest,
-    MemoryInfo,
     MemoryInput,
     Operation,
     OperationList,
@@ -234,16 +241,34 @@ v1.add_api_route(
 # --- memories ---------------------------------------------------------------------------------------------------------
 
 
+@v1.post("/collections/{collection}/memories/get", tags=["memories"], openapi_extra=_body(GetRequest))
+async def get_memories(collection: CollectionName, request: Request, engine: Engine_, pool: Pool_) -> GetReply:
+    """Many at once; ids that are not there are left out of the answer."""
+    return await pool.run(engine.memories, collection, await bodies.read(request, GetRequest))
+
+
+@v1.post(
+    "/collections/{collection}/memories/scroll", tags=["memories"], openapi_extra=_body(ScrollRequest, required=False)
+)
+async def scroll(collection: CollectionName, request: Request, engine: Engine_, pool: Pool_) -> ScrollReply:
+    """A page of memories, in the order in which they were first stored; all of them, or those that a filter keeps."""
+    body = await bodies.read(request, ScrollRequest) if await request.body() else ScrollRequest()
+    return await pool.run(engine.scroll, collection, body)
+
+
 @v1.post("/collections/{collection}/memories/delete", tags=["memories"], openapi_extra=_body(DeleteRequest))
 async def delete_memories(collection: CollectionName, request: Request, engine: Engine_, pool: Pool_) -> DeleteReply:
-    """Delete memories by id; ids that are not there are left out of the answer."""
-    ids = (await bodies.read(request, DeleteRequest)).ids
-    return await pool.run(engine.delete_memories, collection, ids)
+    """Delete memories by id, or all that a filter keeps; ids that are not there are left out of the answer."""
+    return await pool.run(engine.delete, collection, await bodies.read(request, DeleteRequest))
 
 
-@v1.post("/collections/{collection}/memories/count", tags=["memories"])
-async def count(collection: CollectionName, engine: Engine_) -> CountReply:
-    return engine.count(collection)
+@v1.post(
+    "/collections/{collection}/memories/count", tags=["memories"], openapi_extra=_body(CountRequest, required=False)
+)
+async def count(collection: CollectionName, request: Request, engine: Engine_, pool: Pool_) -> CountReply:
+    """How many memories there are, or a filter keeps: exactly."""
+    body = await bodies.read(request, CountRequest) if await request.body() else CountRequest()
+    return await pool.run(engine.count, collection, body)
 
 
 @v1.get(
@@ -323,7 +348,10 @@ def _document(app: FastAPI) -> dict[str, Any]:
     """The OpenAPI document, with the bodies that routes read by themselves among its schemas."""
     document = FastAPI.openapi(app)
     template = "#/components/schemas/{model}"
-    models = (CollectionConfig, DeleteRequest, MemoryInput, ProblemDetails, RecallRequest, StoreRequest, TrainRequest)
+    models = (
+        CollectionConfig, CountRequest, DeleteRequest, GetRequest, MemoryInput, ProblemDetails, RecallRequest,
+        ScrollRequest, StoreRequest, TrainRequest,
+    )  # fmt: skip
     read = [(model, "validation") for model in models]
     _, definitions = models_json_schema(read, ref_template=template)  # type: ignore[arg-type]
     document["components"]["schemas"].update(definitions["$defs"])

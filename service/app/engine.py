@@ -16,7 +16,7 @@ from typing import Any, Self, cast
 
 import structlog
 
-from service.app import collections
+from service.app import collections, memories
 from service.app.batching import MicroBatcher
 from service.app.calibrate import run_calibrate_job
 from service.app.cues import CueBlocks, encode_cues, in_batches, read_parts
@@ -26,6 +26,17 @@ from service.app.kernel_schemas import KernelList, TrainKernel
 from service.app.kernels import enqueue_kernel, listed, retire, run_kernel_job
 from service.app.known_cues import enqueue_training
 from service.app.live import LiveCollection
+from service.app.memory_schemas import (
+    CountReply,
+    CountRequest,
+    DeleteReply,
+    DeleteRequest,
+    GetReply,
+    GetRequest,
+    MemoryInfo,
+    ScrollReply,
+    ScrollRequest,
+)
 from service.app.recall import Recalled, Resolved, check_size, empty_result, recall_blocks, resolve
 from service.app.reports import Diagnostics
 from service.app.resources import CALIBRATE_JOB, KERNEL_JOB, Resources
@@ -33,9 +44,6 @@ from service.app.schemas import (
     CollectionConfig,
     CollectionInfo,
     CollectionList,
-    CountReply,
-    DeleteReply,
-    MemoryInfo,
     Operation,
     OperationList,
     Problem,
@@ -55,7 +63,6 @@ from service.storage.blobs import Blobs
 from service.storage.database import Database
 from service.storage.folder import DataFolder
 from service.storage.jobs import Job
-from service.storage.memories import Deleted
 from service.storage.repository import Repository
 from service.storage.writer import Writer
 
@@ -229,13 +236,14 @@ class Engine:
     # --- memories ---
 
     def memory(self, name: str, memory_id: str) -> MemoryInfo:
-        live = self.resources.live(name)
-        found = self.repository.get_memory(live.id, memory_id)
-        return MemoryInfo(
-            id=found.id, version=found.version, text=found.text, payload=found.payload, spaces=list(found.spaces),
-            has_content=found.blob_hash is not None, media_type=found.media_type,
-            created_at=found.created_at.isoformat(), updated_at=found.updated_at.isoformat(),
-        )  # fmt: skip
+        """Raises `MemoryNotFound`."""
+        return memories.info(self.repository.get_memory(self.resources.live(name).id, memory_id))
+
+    def memories(self, name: str, request: GetRequest) -> GetReply:
+        return memories.get(self.resources, self.resources.live(name), request)
+
+    def scroll(self, name: str, request: ScrollRequest) -> ScrollReply:
+        return memories.scroll(self.resources, self.resources.live(name), request)
 
     def content(self, name: str, memory_id: str) -> tuple[bytes, str]:
         """The original bytes and their media type. Raises `MemoryNotFound`, `ContentNotFound`."""
@@ -245,22 +253,13 @@ class Engine:
         return self.blobs.get(found.blob_hash), found.media_type
 
     def delete_memories(self, name: str, ids: Sequence[str]) -> DeleteReply:
-        """Ids that are not there are left out of the answer."""
-        live = self.resources.live(name)
-        live.wait_writable()
+        return memories.delete_ids(self.resources, self.resources.live(name), ids)
 
-        def follow(deleted: Deleted) -> None:
-            # The collection as it is by now: its encoders may have changed a commit ago.
-            self.resources.live_by_id(live.id).follow(None, deleted.ids, deleted.version)
+    def delete(self, name: str, request: DeleteRequest) -> DeleteReply:
+        return memories.delete(self.resources, self.resources.live(name), request)
 
-        deleted = self.repository.delete_memories(live.id, ids, then=follow)
-        if deleted.ids:
-            self.resources.after_write(self.resources.live_by_id(live.id))
-        return DeleteReply(version=deleted.version, deleted=list(deleted.ids))
-
-    def count(self, name: str) -> CountReply:
-        view = self.resources.live(name).bank.view()
-        return CountReply(version=view.version, count=view.count)
+    def count(self, name: str, request: CountRequest | None = None) -> CountReply:
+        return memories.count(self.resources, self.resources.live(name), request or CountRequest())
 
     # --- operations and the jobs behind them ---
 

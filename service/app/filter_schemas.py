@@ -8,14 +8,13 @@ Rules:
 from __future__ import annotations
 
 import re
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import (
     BeforeValidator,
     Field,
     StrictBool,
     StrictStr,
-    ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
     field_validator,
@@ -49,6 +48,7 @@ KEY_DEPTH_MAX = 32
 
 ASKS = ("match", "any", "except", "range", "exists", "null", "prefix")
 GROUPS = ("must", "should", "must_not")
+ABSENT: Any = None  # a default is not checked against its type, so a null that is sent is a fault of its field
 
 # A name, or one in double quotes where it holds a dot or a bracket; `[]` says "its elements", which is meant anyway.
 _NAME = r'(?:"[^"\\\x00-\x1f]+"|[^".\[\]\\\x00-\x1f]+)(?:\[\])?'
@@ -141,26 +141,28 @@ class Condition(Request):
     stands for its elements.
     """
 
-    # Defaults are not checked, so a null that is sent is a fault of its field.
     key: str = Field(
-        default=None,
+        default=ABSENT,
         min_length=1,
         max_length=KEY_MAX,
         description="a payload's key; nested ones by dots: seller.city. A name with a dot is put in double quotes",
     )
-    match: Scalar = Field(default=None, description="the value is this one")
-    any: list[Scalar] = Field(default=None, max_length=VALUES_MAX, description="the value is one of these")
+    match: Scalar = Field(default=ABSENT, description="the value is this one")
+    any: list[Scalar] = Field(default=ABSENT, max_length=VALUES_MAX, description="the value is one of these")
     except_: list[Scalar] = Field(
-        default=None, alias="except", max_length=VALUES_MAX, description="there is a value, not null and none of these"
+        default=ABSENT,
+        alias="except",
+        max_length=VALUES_MAX,
+        description="there is a value, not null and none of these",
     )
-    range: RangeCondition = Field(default=None, description="the value is a number, or a date, within these bounds")
-    exists: StrictBool = Field(default=None, description="whether the key is there, whatever its value")
-    null: StrictBool = Field(default=None, description="whether the value is null; false: the opposite")
-    prefix: Prefixed = Field(default=None, max_length=KEY_MAX, description="the value is a text that begins so")
-    ids: list[MemoryId] = Field(default=None, max_length=IDS_MAX, description="the memory has one of these ids")
-    must: list[Condition] = Field(default=None)
-    should: list[Condition] = Field(default=None)
-    must_not: list[Condition] = Field(default=None)
+    range: RangeCondition = Field(default=ABSENT, description="the value is a number, or a date, within these bounds")
+    exists: StrictBool = Field(default=ABSENT, description="whether the key is there, whatever its value")
+    null: StrictBool = Field(default=ABSENT, description="whether the value is null; false: the opposite")
+    prefix: Prefixed = Field(default=ABSENT, max_length=KEY_MAX, description="the value is a text that begins so")
+    ids: list[MemoryId] = Field(default=ABSENT, max_length=IDS_MAX, description="the memory has one of these ids")
+    must: list[Condition] = Field(default=ABSENT)
+    should: list[Condition] = Field(default=ABSENT)
+    must_not: list[Condition] = Field(default=ABSENT)
 
     @field_validator("key")
     @classmethod

@@ -3,7 +3,7 @@
 Rules:
 - Nothing here is per element in Python until the reply is built: one search, one gather, one batched fixed point.
 - Cues of a batch are grouped by modality, since β and the threshold belong to it.
-- The gate sees exactly the rows that the recall may return.
+- The gate sees exactly the rows that the recall may return: a filter restricts the view that everything is asked of.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from service.app.schemas import (
 from service.bank import Found, View
 from service.core.beta import auto_beta
 from service.core.certificate import softmax_bound, sparse_exact
+from service.core.filter import Clause
 from service.core.retrieve import Outcome, retrieve
 from service.core.separation import Separation, separate
 from service.core.similarity import overlaps
@@ -62,6 +63,10 @@ class Resolved:
     """Recall options with the collection's defaults filled in; hashable, so that equal requests share a batch."""
 
     limit: int
+    offset: int
+    filter: Clause | None
+    exclude: frozenset[str]
+    score_threshold: float | None
     spaces: tuple[tuple[str, float], ...] | None
     support: int | Literal["dense"]
     exact: bool
@@ -79,6 +84,11 @@ class Resolved:
     trace: bool
 
     @property
+    def reach(self) -> int:
+        """Matches up to the last one asked for, those passed over among them."""
+        return self.offset + self.limit
+
+    @property
     def chosen(self) -> dict[str, float] | None:
         return None if self.spaces is None else dict(self.spaces)
 
@@ -93,6 +103,10 @@ def resolve(live: LiveCollection, options: RecallOptions) -> Resolved:
         raise NotDecodable(f"collection {live.name} has no space whose encoder decodes; `pixels` does")
     return Resolved(
         limit=options.limit,
+        offset=options.offset,
+        filter=None if options.filter is None else options.filter.clause(),
+        exclude=frozenset(options.exclude),
+        score_threshold=options.score_threshold,
         spaces=None if options.spaces is None else tuple(sorted(options.spaces.items())),
         support=default.support if options.support is None else options.support,
         exact=options.exact,
@@ -143,7 +157,8 @@ def recall_blocks(live: LiveCollection, cues: Sequence[CueBlocks], options: Reso
     """Recall a batch of encoded cues. Blocking and CPU-bound: call it from a worker thread."""
     watch = Stopwatch()
     # In this order: a kernel comes to the bank before it is learned, so the view knows every kernel of these.
-    learned, view = live.learned, live.bank.view()
+    learned, whole = live.learned, live.bank.view()
+    view = whole.restricted(options.filter, options.exclude)
     groups: dict[str, list[int]] = defaultdict(list)
     for i, cue in enumerate(cues):
         groups[cue.modality].append(i)
@@ -152,11 +167,12 @@ def recall_blocks(live: LiveCollection, cues: Sequence[CueBlocks], options: Reso
         for part in _within_memory(live, view, members, options):
             some = [cues[i] for i in part]
             if view.count == 0:
-                results.update((i, empty_result("uncalibrated", warnings=cues[i].warnings)) for i in part)
+                results.update((i, _of_nothing(whole, cues[i])) for i in part)
                 continue
             for way in ways(live, learned, view, modality, some, options):
                 watch.lap("search")
-                answered = _Recall(live, view, modality, [some[i] for i in way.members], way, options, watch).results()
+                members_cues = [some[i] for i in way.members]
+                answered = _Recall(live, whole, view, modality, members_cues, way, options, watch).results()
                 results.update(zip((part[i] for i in way.members), answered, strict=True))
     return Recalled(view.version, [results[i] for i in range(len(cues))], watch.seconds)
 
@@ -174,7 +190,7 @@ def _within_memory(
 ) -> Iterator[Sequence[int]]:
     """Split a batch so that what it gathers stays under `VALUES_MAX`; one cue may need more by itself."""
     dimension = live.layout.dimension
-    per_cue = max(options.support, SUPPORT, options.limit) * dimension if options.support != "dense" else view.count
+    per_cue = max(options.support, SUPPORT, options.reach) * dimension if options.support != "dense" else view.count
     if options.support == "dense" and (options.reconstruct or options.trace):
         per_cue *= dimension  # the patterns under the weights are read out raw, cue by cue
     size = max(1, VALUES_MAX // max(1, per_cue))
@@ -187,10 +203,10 @@ class _Recall:
     """
 
     def __init__(
-        self, live: LiveCollection, view: View, modality: str, cues: Sequence[CueBlocks], way: Way, options: Resolved,
-        watch: Stopwatch,
+        self, live: LiveCollection, whole: View, view: View, modality: str, cues: Sequence[CueBlocks], way: Way,
+        options: Resolved, watch: Stopwatch,
     ) -> None:  # fmt: skip
-        self.live, self.view, self.modality = live, view, modality
+        self.live, self.whole, self.view, self.modality = live, whole, view, modality
         self.cues, self.way, self.options, self.watch = cues, way, options, watch
         self.gate, self.record = way.gate, way.record
         self.by = way.comparison if options.spaces is None else _reweighted(live, way.comparison, dict(options.spaces))
@@ -233,7 +249,7 @@ class _Recall:
             self.nearest, self.nearest_rows = ordered[:, :SUPPORT], self.found.rows[:, :SUPPORT]
             self.valid = (~hidden).expand_as(ordered) if bool(hidden.any()) else None
             return
-        limit = max(options.support, options.limit)
+        limit = max(options.support, options.reach)
         found = self.way.found
         if found is None:
             weights = self.live.weights_of(self.live.spaces) | (options.chosen or {})
@@ -290,7 +306,8 @@ class _Recall:
         self.weights = settled.weights if self.order is None else settled.weights.gather(1, self.order)
 
     def _auto_beta(self, separation: Separation, support: int) -> float:
-        margin = margin_for(self.live, self.view, self.by, self.record, tuple(self.cue))
+        # Of the whole collection, so that a filter does not change how sharply memories are told apart.
+        margin = margin_for(self.live, self.whole, self.by, self.record, tuple(self.cue))
         # Of distances the calibration has seen to rounding; here nothing is left to cap.
         norm_max = math.sqrt(margin) if self.by.raw and margin else self.by.norm_max(self.view)
         return beta_for(margin, separation, norm_max, support)
@@ -375,8 +392,12 @@ class _Recall:
     def _replies(self) -> list[RecallResult]:
         found, settled, options = self.found, self.settled, self.options
         # Candidates come by falling similarity, so a stable sort by weight leaves ties in that order.
-        order = self.weights.argsort(dim=1, descending=True, stable=True)[:, : options.limit]
-        rows = found.rows.gather(1, order)
+        listed, ranks = found.rows, self.weights
+        if options.score_threshold is not None:
+            under = found.scores < options.score_threshold
+            listed, ranks = listed.masked_fill(under, -1), ranks.masked_fill(under, -1.0)
+        order = ranks.argsort(dim=1, descending=True, stable=True)[:, options.offset : options.reach]
+        rows = listed.gather(1, order)
         weights, similarities = self.weights.gather(1, order).tolist(), found.scores.gather(1, order).tolist()
         ids = self.view.ids(rows)
         payloads = self.view.payloads(rows) if options.with_payload else None
@@ -422,6 +443,15 @@ class _Recall:
         """The matches' vectors as they were stored: space → (batch, limit, dimension)."""
         alone, ones = rows.reshape(-1, 1), torch.ones(rows.numel(), 1)
         return {name: self.view.read_out(alone, ones, name).reshape(*rows.shape, -1) for name in self.live.spaces}
+
+
+def _of_nothing(whole: View, cue: CueBlocks) -> RecallResult:
+    """Where no memory may be returned. If there are some, none that may be is the origin of the cue: that needs no
+    threshold.
+    """
+    if whole.count == 0:
+        return empty_result("uncalibrated", warnings=cue.warnings)
+    return empty_result("unknown", warnings=[*cue.warnings, "no memory is left by the filter and what is excluded"])
 
 
 def empty_result(

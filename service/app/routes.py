@@ -237,7 +237,7 @@ def _chosen(
     among: Sequence[Comparison], route: Route, gate: Gate | None, options: Resolved,
 ) -> Iterator[Way]:  # fmt: skip
     dense = options.support == "dense"
-    limit = 2 if dense else max(int(options.support), options.limit, SUPPORT)
+    limit = 2 if dense else max(int(options.support), options.reach, SUPPORT)
     weights = live.weights_of(cue)
     evidence = gather_evidence(among, view, cue, weights, limit, exact=options.exact)
     picked, probability = route.pick(evidence)

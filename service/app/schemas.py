@@ -35,6 +35,7 @@ from service.app.fields import (
     Text,
     Vector,
 )
+from service.app.filter_schemas import IDS_MAX, FilterSpec
 from service.app.gate_schemas import CalibrationInfo, GateConfig, TargetTpr
 from service.app.kernel_schemas import KernelInUse, TrainKernel
 from service.core.separation import ALPHA_MAX, Separation, entmax
@@ -287,6 +288,12 @@ class TrainRequest(RootModel[Annotated[TrainGate | TrainKernel, Field(discrimina
 
 class RecallOptions(Request):
     limit: int = Field(default=5, ge=1, le=LIMIT_MAX)
+    offset: int = Field(default=0, ge=0, description="matches to pass over, of those in the same order")
+    filter: FilterSpec | None = Field(default=None, description="recall among the memories that it keeps alone")
+    exclude: list[MemoryId] = Field(default_factory=list, max_length=IDS_MAX, description="ids that are left out")
+    score_threshold: float | None = Field(
+        default=None, description="the least similarity (before any step) of a match that is listed"
+    )
     spaces: dict[Name, Weight] | None = Field(default=None, description="use these spaces only, with these weights")
     support: Support | None = None
     exact: bool = False
@@ -302,6 +309,12 @@ class RecallOptions(Request):
     with_payload: bool = True
     with_vectors: bool = False
     trace: bool = Field(default=False, description="decode the state before the first and after every step")
+
+    @model_validator(mode="after")
+    def _within_reach(self) -> Self:
+        if self.offset + self.limit > SUPPORT_MAX:
+            raise ValueError(f"offset and limit are at most {SUPPORT_MAX} together; a scroll goes on without end")
+        return self
 
 
 class RecallRequest(RecallOptions):
@@ -400,32 +413,3 @@ class RecallReply(TypedDict):
     version: int
     results: list[RecallResult]
     timings_ms: Timings
-
-
-# --- memories ---------------------------------------------------------------------------------------------------------
-
-
-class MemoryInfo(Reply):
-    id: str
-    version: int
-    text: str | None
-    payload: Payload | None
-    spaces: list[str]
-    has_content: bool = Field(description="whether its original bytes can be had at …/content")
-    media_type: str | None
-    created_at: str
-    updated_at: str
-
-
-class DeleteRequest(Request):
-    ids: list[MemoryId] = Field(min_length=1, max_length=10_000)
-
-
-class DeleteReply(Reply):
-    version: int
-    deleted: list[str]
-
-
-class CountReply(Reply):
-    version: int
-    count: int

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -40,6 +41,7 @@ from service.storage.jobs import ItemAnswer, JobItem, JobItems, NewItem
 from service.storage.memories import MemoryWrite, Written
 
 STORE_JOB = "store"
+NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")  # as JSON writes it, and no backslash before a "u0000" of the text's own
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,11 +285,14 @@ def _check(resources: Resources, live: LiveCollection, raw: object) -> _Item:
 def _json(payload: Mapping[str, Any]) -> bytes:
     try:
         json.dumps(payload, allow_nan=False)  # orjson would write a NaN as null, and say nothing
-        return orjson.dumps(payload)
+        packed = orjson.dumps(payload)
     except (TypeError, ValueError, RecursionError):
         raise InvalidRequest(
             "the payload is not JSON with finite numbers of at most 64 bits, 254 levels deep"
         ) from None
+    if NUL.search(packed):
+        raise InvalidRequest("the payload holds the character U+0000, where SQL's texts end: no filter would find it")
+    return packed
 
 
 def _job_item(position: int, item: _Item, blob_hash: str | None) -> NewItem:

@@ -125,8 +125,7 @@ class _Block:
                 return mask
             case Ids(ids):
                 return np.fromiter((each in ids for each in self._ids), np.bool_, len(self._ids))
-        mask = self._of_column(self._columns[node.path], node)[: len(self._ids)]
-        return mask
+        return self._of_column(self._columns[node.path], node)[: len(self._ids)]
 
     @staticmethod
     def _of_column(column: Column, node: AnyOf | Except | Range | Exists | Null | Prefix) -> Mask:

@@ -25,7 +25,7 @@ DELETED_AT_ONCE = 5_000
 """Memories deleted in one transaction: a tenth of a second or two, which is how long another write may wait."""
 
 _c = memories.c
-_COLUMNS = (
+_COLUMNS: tuple[Any, ...] = (
     _c.key, _c.id, _c.version, _c.text, _c.payload, _c.blob_hash, _c.media_type, _c.created_at, _c.updated_at,
 )  # fmt: skip
 
@@ -62,9 +62,7 @@ class Selection:
             rows: list[Row[Any]] = []
             for start in range(0, len(wanted), IN_MAX):
                 some = wanted[start : start + IN_MAX]
-                rows += connection.execute(
-                    select(*_COLUMNS).where(_c.collection_id == collection_id, _c.id.in_(some))
-                )
+                rows += connection.execute(select(*_COLUMNS).where(_c.collection_id == collection_id, _c.id.in_(some)))
             found = {memory.id: memory for memory in _memories(connection, rows)}
         return Page(version, [found[id_] for id_ in wanted if id_ in found], None)
 
@@ -74,6 +72,13 @@ class Selection:
             version = lock_version(connection, collection_id)
             query = select(func.count()).select_from(memories).where(_kept(collection_id, clause))
             return version, connection.execute(query).scalar_one()
+
+    def ids_where(self, collection_id: int, clause: Clause) -> Deleted:
+        """What `delete_where` would delete. Raises `CollectionNotFound`."""
+        with self._database.read() as connection:
+            version = lock_version(connection, collection_id)
+            query = select(_c.id).where(_kept(collection_id, clause)).order_by(_c.key)
+            return Deleted(version, list(connection.execute(query).scalars()))
 
     def delete_where(
         self, collection_id: int, clause: Clause, then: Callable[[Deleted], None] = lambda _: None
@@ -122,8 +127,8 @@ def _memories(connection: Connection, rows: Sequence[Row[Any]]) -> list[Memory]:
         )
         for key, space in connection.execute(query.order_by(patterns.c.memory_key, patterns.c.space)):
             spaces[key].append(space)
-    return [Memory(spaces=tuple(spaces[key]), **_named(values)) for key, *values in rows]
+    return [Memory(spaces=tuple(spaces[row.key]), **_without_key(row)) for row in rows]
 
 
-def _named(values: Sequence[Any]) -> dict[str, Any]:
-    return dict(zip((column.name for column in _COLUMNS[1:]), values, strict=True))
+def _without_key(row: Row[Any]) -> dict[str, Any]:
+    return {name: value for name, value in row._mapping.items() if name != "key"}

@@ -5,18 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
 import orjson
 import pytest
 from hypothesis import example, given
-from pydantic import ValidationError
 
-from service.app.fields import faults
-from service.app.filter_schemas import FILTER_DEPTH_MAX, Filter
-from service.bank import filtering
+from service.app.filter_schemas import Filter
 from service.bank.filtering import Filtering
 from service.storage.database import Database
 from service.storage.memories import MemoryWrite
@@ -41,11 +37,7 @@ NUMBERS = [
 texts = st.sampled_from(TEXTS + DATES) | st.text(
     st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=3
 )
-numbers = (
-    st.sampled_from(NUMBERS)
-    | st.integers(-(2**63), 2**64 - 1)
-    | st.floats(allow_nan=False, allow_infinity=False)
-)
+numbers = st.sampled_from(NUMBERS) | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False, allow_infinity=False)
 scalars = st.booleans() | numbers | texts
 names = st.sampled_from(NAMES)
 values = st.recursive(
@@ -188,7 +180,10 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repository]
 
 
 @given(stored=st.lists(payloads, min_size=1, max_size=8), asked=st.lists(filters(), min_size=1, max_size=6))
-@example(stored=[{"a": 1}, {"a": True}], asked=[{"must": [{"key": "a", "match": 1}]}, {"must": [{"key": "a", "match": True}]}])
+@example(
+    stored=[{"a": 1}, {"a": True}],
+    asked=[{"must": [{"key": "a", "match": 1}]}, {"must": [{"key": "a", "match": True}]}],
+)
 def test_bank_and_sql_keep_what_the_filter_says(
     repository: Repository, stored: list[Any], asked: list[Document]
 ) -> None:
@@ -206,5 +201,7 @@ def test_bank_and_sql_keep_what_the_filter_says(
         assert [memory.id for memory in repository.scroll(collection.id, clause, 0, 100).memories] == kept
         assert repository.count_where(collection.id, clause)[1] == len(kept)
     repository.delete_where(collection.id, clause)
-    assert [m.id for m in repository.scroll(collection.id, None, 0, 100).memories] == [i for i in names if i not in kept]
+    assert [m.id for m in repository.scroll(collection.id, None, 0, 100).memories] == [
+        i for i in names if i not in kept
+    ]
     repository.delete_collection(name)

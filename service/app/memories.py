@@ -1,0 +1,82 @@
+"""Stored memories: read by id, in order, by the number; and deleted. A filter is evaluated in SQL, where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from service.app.live import LiveCollection
+from service.app.memory_schemas import (
+    DELETED_LISTED_MAX,
+    CountReply,
+    CountRequest,
+    DeleteReply,
+    DeleteRequest,
+    GetReply,
+    GetRequest,
+    MemoryInfo,
+    ScrollReply,
+    ScrollRequest,
+)
+from service.app.resources import Resources
+from service.storage.memories import Deleted, Memory
+
+
+def info(memory: Memory) -> MemoryInfo:
+    return MemoryInfo(
+        id=memory.id, version=memory.version, text=memory.text, payload=memory.payload, spaces=list(memory.spaces),
+        has_content=memory.blob_hash is not None, media_type=memory.media_type,
+        created_at=memory.created_at.isoformat(), updated_at=memory.updated_at.isoformat(),
+    )  # fmt: skip
+
+
+def get(resources: Resources, live: LiveCollection, request: GetRequest) -> GetReply:
+    page = resources.repository.get_memories(live.id, request.ids)
+    return GetReply(version=page.version, memories=[info(memory) for memory in page.memories])
+
+
+def scroll(resources: Resources, live: LiveCollection, request: ScrollRequest) -> ScrollReply:
+    clause = None if request.filter is None else request.filter.clause()
+    after = 0 if request.cursor is None else int(request.cursor, 16)
+    page = resources.repository.scroll(live.id, clause, after, request.limit)
+    next_cursor = None if page.after is None else f"{page.after:x}"
+    return ScrollReply(version=page.version, memories=[info(each) for each in page.memories], next_cursor=next_cursor)
+
+
+def count(resources: Resources, live: LiveCollection, request: CountRequest) -> CountReply:
+    if request.filter is None:
+        view = live.bank.view()
+        return CountReply(version=view.version, count=view.count)
+    version, found = resources.repository.count_where(live.id, request.filter.clause())
+    return CountReply(version=version, count=found)
+
+
+def delete(resources: Resources, live: LiveCollection, request: DeleteRequest) -> DeleteReply:
+    """By ids, or what a filter keeps; or say what that would be."""
+    repository = resources.repository
+    if request.filter is None:
+        ids = request.ids or ()
+        if not request.dry_run:
+            return delete_ids(resources, live, ids)
+        found = repository.get_memories(live.id, ids)
+        return _deleted(Deleted(found.version, [memory.id for memory in found.memories]))
+    clause = request.filter.clause()
+    if request.dry_run:
+        return _deleted(repository.ids_where(live.id, clause))
+    deleted = repository.delete_where(live.id, clause, lambda some: live.follow(None, some.ids, some.version))
+    if deleted.ids:
+        resources.after_write(live)
+    return _deleted(deleted)
+
+
+def delete_ids(resources: Resources, live: LiveCollection, ids: Sequence[str]) -> DeleteReply:
+    """Ids that are not there are left out of the answer."""
+    deleted = resources.repository.delete_memories(
+        live.id, ids, then=lambda deleted: live.follow(None, deleted.ids, deleted.version)
+    )
+    if deleted.ids:
+        resources.after_write(live)
+    return _deleted(deleted)
+
+
+def _deleted(deleted: Deleted) -> DeleteReply:
+    return DeleteReply(version=deleted.version, count=len(deleted.ids), deleted=deleted.ids[:DELETED_LISTED_MAX])
