@@ -13,6 +13,9 @@ Rules:
   the next one is scored on others.
 - A settled cue is frozen: its state and weights stay, its later energies are NaN. A cue without rows never moves, and
   one whose separation abstains (all weights 0) moves no further.
+- Scores that differ by rounding alone are told apart by a β large enough, and a step that weighs them apart does so the
+  more at the next. So where the best tie (equal keys, of which HEN's mixture is made), `ties` gives them one score, at
+  every point at which they tie: the mixture stays one.
 - With cosine the dynamics run on unit blocks: stored rows are unit, and the cue is made so. Values of a block that is
   not observed are ignored.
 """
@@ -29,7 +32,7 @@ from torch import Tensor
 
 from service.core.energy import energy
 from service.core.separation import NAMES, Polynomial, Separation, abstains, is_separation, separate
-from service.core.similarity import MAGNITUDE_MAX, Blocks, normalise_rows, overlaps, scores, spread
+from service.core.similarity import MAGNITUDE_MAX, Blocks, Similarity, normalise_rows, overlaps, scores, spread
 from service.core.update import update
 from service.errors import InvalidRequest, NothingObserved
 
@@ -41,6 +44,11 @@ UPDATE_STEPS_MAX = 100
 # a β of 10^-19.
 BETA_MAX = 1e9
 BETA_MIN = 1e-30
+
+
+# What float rounding makes of equal scores, in units of its machine epsilon: of products over some thousand values of
+# unit rows, or of distances as a share of themselves.
+TIE_EPS = 16
 
 
 class Outcome(IntEnum):
@@ -89,6 +97,7 @@ def retrieve(
     update_steps_max: int = 3,
     update_steps_eps: float = 1e-4,
     clamp_observed: bool = False,
+    ties: bool = False,
     trace: bool = False,
 ) -> Retrieval:
     """Iterate each state towards a fixed point of the memory (Ramsauer et al. 2021, eq. 3; Wu et al., "U-Hop", 2024,
@@ -100,6 +109,7 @@ def retrieve(
     valid: the rows that take part (None: all); rows that pad a short support do not.
     first_scores: K on the observed blocks, if a search has computed them; used instead of scoring the cue again.
     clamp_observed: the cue's own blocks keep their values.
+    ties: scores within rounding of the best count as equal; to be asked for where the search's best two are.
 
     Raises InvalidRequest for shapes that do not fit, numbers out of range and a separation that does not fit the
     similarity, NothingObserved for a cue with no observed block.
@@ -109,7 +119,7 @@ def retrieve(
     _check_separation(separation, blocks)
     _check_cue(blocks, state, observed)
     batch, rows = state.shape[0], stored.shape[-2]
-    dynamics = _Dynamics(blocks, stored, beta, separation, valid)
+    dynamics = _Dynamics(blocks, stored, beta, separation, valid, ties)
 
     x = normalise_rows(state, blocks).to(torch.promote_types(stored.dtype, torch.float32))
     clamped = None
@@ -208,6 +218,7 @@ class _Dynamics:
     beta: float | Float[Tensor, " batch"]
     separation: Separation
     valid: Bool[Tensor, "batch rows"] | None
+    ties: bool
 
     def at(
         self,
@@ -215,10 +226,23 @@ class _Dynamics:
         state_scores: Float[Tensor, "batch rows"],
         observed: Bool[Tensor, "batch spaces"] | None = None,
     ) -> _Point:
+        if self.ties:
+            state_scores = self._tied(state_scores)
         scale = self.beta.unsqueeze(-1) if isinstance(self.beta, Tensor) else self.beta
         weights = separate(self.separation, state_scores * scale, self.valid)
         height = energy(self.blocks, state, state_scores, weights, self.beta, self.separation, observed)
         return _Point(state, weights, height)
+
+    def _tied(self, scores: Float[Tensor, "batch rows"]) -> Float[Tensor, "batch rows"]:
+        """Scores within rounding of the best raised to it."""
+        taking_part = scores if self.valid is None else scores.masked_fill(~self.valid, -torch.inf)
+        best = taking_part.amax(-1, keepdim=True)
+        return torch.where(taking_part >= best - rounding_of(best, self.blocks.similarity), best, scores)
+
+
+def rounding_of(best: Float[Tensor, "*batch"], similarity: Similarity) -> Float[Tensor, "*batch"]:
+    """How far under the best score one may lie that is as good."""
+    return TIE_EPS * torch.finfo(best.dtype).eps * (torch.ones_like(best) if similarity == "cosine" else best.abs())
 
 
 def _at_rest(state: Float[Tensor, "batch d"], whole: Float[Tensor, "batch d"], eps: float) -> Bool[Tensor, " batch"]:

@@ -292,3 +292,35 @@ def test_k_subsets_recall_the_mean_of_k() -> None:
     assert result.weights.tolist() == [[0.5, 0.5, 0.0]]
     assert torch.equal(result.state, twins[:2].mean(0, keepdim=True))
     assert result.outcome.tolist() == [Outcome.CONVERGED]
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([200.0, 5e3, 1e5]),
+    st.sampled_from(["softmax", "sparsemax", Entmax(1.5)]),
+)
+def test_equal_keys_give_the_mixture_whatever_beta(seed: int, beta: float, separation: Separation) -> None:
+    """HEN, figure 6: recalled by a key that two memories share, they come back as their mean. Without `ties` rounding
+    lets one of them win from some β on.
+    """
+    g = torch.Generator().manual_seed(seed)
+    blocks = Blocks((16, 32), (1.0, 0.5))
+    raw = torch.randn(12, blocks.dimension, generator=g)
+    raw[7, :16] = raw[3, :16] * (1 + 1e-7)
+    stored = normalise_rows(raw, blocks)
+    cue = torch.zeros(1, blocks.dimension)
+    cue[0, :16] = raw[3, :16]
+    observed = torch.tensor([[True, False]])
+    result = retrieve(
+        blocks, stored, cue, beta=beta, separation=separation, observed=observed, ties=True, update_steps_max=30
+    )
+    assert result.weights[0, [3, 7]].tolist() == pytest.approx([0.5, 0.5], abs=1e-3)
+    torch.testing.assert_close(result.state[0], (stored[3] + stored[7]) / 2, atol=2e-3, rtol=0)
+
+
+def test_ties_change_nothing_where_nothing_ties() -> None:
+    g = torch.Generator().manual_seed(5)
+    stored = normalise_rows(torch.randn(40, 16, generator=g), Blocks((16,), (1.0,)))
+    cues = torch.randn(8, 16, generator=g)
+    plain, with_ties = (retrieve(Blocks((16,), (1.0,)), stored, cues, beta=9.0, ties=ties) for ties in (False, True))
+    assert torch.equal(plain.weights, with_ties.weights)
