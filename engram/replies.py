@@ -39,7 +39,7 @@ class Reply:
     def _part(cls, name: str, value: Any) -> Any:
         part = cls.PARTS.get(name)
         if isinstance(value, list):
-            return tuple(part.of(item) if part else item for item in value)
+            return tuple(part.of(item) if part and item is not None else item for item in value)
         return part.of(value) if part and value is not None else value
 
 
@@ -89,9 +89,12 @@ class Operation(Reply):
 
 @dataclass(frozen=True)
 class Match(Reply):
+    """`text`: its caption, as it is stored."""
+
     id: str
     weight: float
     similarity: float
+    text: str | None = None
     payload: dict[str, Any] | None = None
     vectors: dict[str, list[float]] | None = None
 
@@ -146,7 +149,13 @@ class Drawing(Reply):
 
 @dataclass(frozen=True)
 class Recall(Reply):
-    """`verdict` is known | ambiguous | unknown | uncalibrated; None with an `error`, which only a batch has."""
+    """`verdict` is known | ambiguous | unknown | uncalibrated; None with an `error`, which only a batch has.
+
+    `candidates`: the ids between which the cue does not decide; none where it does. What was recalled: `text`, its
+    caption; `reconstruction` (see `image`); `original`, the address of the first match's own picture (its bytes:
+    `Collection.content`); `completed`, how much of it has each space that the cue did not fill, from 0 to 1; `state`,
+    its vectors by space (`with_vectors`).
+    """
 
     PARTS: ClassVar[Parts] = {
         "matches": Match,
@@ -163,8 +172,13 @@ class Recall(Reply):
     gate: Gate | None
     version: int
     timings_ms: dict[str, float]
+    candidates: tuple[str, ...] = ()
+    text: str | None = None
+    original: str | None = None
+    completed: dict[str, float] = field(default_factory=dict)
     reconstruction: Drawing | None = None
-    trace: tuple[Drawing, ...] | None = None
+    state: dict[str, list[float]] | None = None
+    trace: tuple[Drawing | None, ...] | None = None
     warnings: tuple[str, ...] = ()
     error: Problem | None = None
 

@@ -34,6 +34,7 @@ from service.app.memory_schemas import (
     ScrollReply,
     ScrollRequest,
 )
+from service.app.recall_schemas import RecallReply
 from service.app.reports import Diagnostics
 from service.app.schemas import (
     CollectionConfig,
@@ -43,7 +44,6 @@ from service.app.schemas import (
     Operation,
     OperationList,
     ProblemDetails,
-    RecallReply,
     RecallRequest,
     StoreReply,
     StoreRequest,

@@ -49,6 +49,7 @@ def load(resources: Resources, row: Collection) -> LiveCollection:
     spaces = make_spaces(config, resources.make_encoder)
     check_fingerprints(row.name, spaces, row.config["fingerprints"])
     live = LiveCollection(row, config, spaces, DEVICE)
+    live.described = resources.repository.is_described(row.id)
     kernels = {}
     for kept in resources.repository.get_kernels(row.id):
         if kept.weight is not None:

@@ -37,11 +37,14 @@ PIXELS_AT_ONCE = 32 * 2**20  # decoded pixels held for one batch, the last pictu
 
 @dataclass(eq=False)
 class CueBlocks:
-    """The encoded cue: one raw vector per space it fills."""
+    """The encoded cue: one raw vector per space it fills. `crossed`: the spaces that it fills from another source than
+    memories do, as a text fills a joint space of pictures.
+    """
 
     vectors: Vectors
     modality: str
     warnings: list[str]
+    crossed: frozenset[str] = frozenset()
 
 
 def modality_of(spaces: Sequence[str], masked: bool) -> str:
@@ -120,7 +123,8 @@ def encode_cues(
         vectors = {name: cue.vectors[name] if by == "vectors" else rows[name] for name, by in fills.items()}
         masked = cue.picture is not None and cue.picture.observed is not None and "image" in fills.values()
         warnings = [*(cue.picture.warnings if cue.picture else ()), *lost]
-        blocks.append(CueBlocks(vectors, modality_of(list(vectors), masked), warnings))
+        crossed = {name for name, by in fills.items() if by not in ("vectors", live.spaces[name].config.source)}
+        blocks.append(CueBlocks(vectors, modality_of(list(vectors), masked), warnings, frozenset(crossed)))
     return blocks
 
 

@@ -19,6 +19,7 @@ import structlog
 from service.app import collections, memories
 from service.app.batching import MicroBatcher
 from service.app.calibrate import run_calibrate_job
+from service.app.completion import describe
 from service.app.cues import CueBlocks, encode_cues, in_batches, read_parts
 from service.app.diagnose import diagnose
 from service.app.encoding import Parts
@@ -38,6 +39,7 @@ from service.app.memory_schemas import (
     ScrollRequest,
 )
 from service.app.recall import Recalled, Resolved, check_size, empty_result, recall_blocks, resolve
+from service.app.recall_schemas import RecallReply, Timings
 from service.app.reports import Diagnostics
 from service.app.resources import CALIBRATE_JOB, KERNEL_JOB, Resources
 from service.app.schemas import (
@@ -47,11 +49,9 @@ from service.app.schemas import (
     Operation,
     OperationList,
     Problem,
-    RecallReply,
     RecallRequest,
     StoreReply,
     StoreRequest,
-    Timings,
     TrainRequest,
 )
 from service.app.store import Accepted, accept, reply
@@ -206,7 +206,7 @@ class Engine:
     def recall_batch(self, prepared: PreparedRecall) -> Recalled:
         """Recall the good cues of a batch in the calling thread; bad ones answer with their error."""
         good = [cue for cue in prepared.cues if isinstance(cue, CueBlocks)]
-        recalled = recall_blocks(prepared.live, good, prepared.options)
+        recalled = self._recalled(prepared.live, good, prepared.options)
         answered = iter(recalled.results)
         results = [
             next(answered)
@@ -214,7 +214,7 @@ class Engine:
             else empty_result(None, error={"code": cue.code, "detail": cue.detail})
             for cue in prepared.cues
         ]
-        return Recalled(recalled.version, results, recalled.stages)
+        return Recalled(recalled.version, results, recalled.stages, [])
 
     def recall_reply(self, prepared: PreparedRecall, recalled: Recalled) -> RecallReply:
         spent = {**recalled.stages, "encode": prepared.encode_s, "total": time.perf_counter() - prepared.started}
@@ -230,8 +230,14 @@ class Engine:
         self, key: tuple[LiveCollection, Resolved], cues: Sequence[CueBlocks]
     ) -> Sequence[Recalled | BaseException]:
         live, options = key
+        recalled = self._recalled(live, cues, options)
+        return [Recalled(recalled.version, [result], recalled.stages, []) for result in recalled.results]
+
+    def _recalled(self, live: LiveCollection, cues: Sequence[CueBlocks], options: Resolved) -> Recalled:
         recalled = recall_blocks(live, cues, options)
-        return [Recalled(recalled.version, [result], recalled.stages) for result in recalled.results]
+        if options.with_text:
+            describe(self.repository, live, recalled.results, recalled.heaviest)
+        return recalled
 
     # --- memories ---
 

@@ -124,6 +124,7 @@ class LiveCollection:
         self.corruptions: list[Corruption] = list(config.corruptions or DEFAULT_CORRUPTIONS)
         self.bank = Bank(self.layout, device=device)
         self.bank.write(None, [], row.version)  # an empty bank, too, stands at its collection's version
+        self.described = False  # whether any memory has a caption or an original
         self.learned = Learned()
         self.learning = threading.Lock()  # held from a calibration's first look at the kernels to its end
         self.calibrated_rows: int | None = None  # memories at the last calibration; None before the first

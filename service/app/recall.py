@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import time
-from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,36 +22,31 @@ from torch import Tensor
 
 from service.app.calibrate import margin_for
 from service.app.comparison import SCORE_ERROR, Comparison, own
+from service.app.completion import completed, states
 from service.app.cues import CueBlocks, stack
+from service.app.drawing import check_drawings, draw, draw_steps
 from service.app.gates import SUPPORT, log_masses
 from service.app.live import LiveCollection
+from service.app.recall_schemas import Match, ProblemDict, RecallResult, Verdict
 from service.app.routes import Way, ways
-from service.app.schemas import (
-    Drawing,
-    Match,
-    ProblemDict,
-    RecallOptions,
-    RecallResult,
-    Verdict,
-    separation_of,
-)
+from service.app.schemas import RecallOptions, format_of, separation_of
+from service.app.verdicts import AMBIGUOUS_WEIGHT, CANDIDATES_MAX, heaviest, rivals, twins
 from service.bank import Found, View
 from service.core.beta import auto_beta
 from service.core.certificate import softmax_bound, sparse_exact
 from service.core.filter import Clause
-from service.core.retrieve import Outcome, retrieve
+from service.core.retrieve import Outcome, retrieve, rounding_of
 from service.core.separation import Separation, separate
 from service.core.similarity import overlaps
 from service.core.support import top_k
 from service.core.update import association
-from service.encoders.picture import write_png
+from service.encoders.picture import PictureFormat
 from service.errors import InvalidRequest, NotDecodable, UnknownKernel, UnknownSpace
 
-AMBIGUOUS_LOG_ODDS = math.log(3.0)  # step-0 odds of the first two under 3:1 (design: verdicts)
-AMBIGUOUS_WEIGHT = 0.75  # settled weight of the first under this
 OUTCOMES = {int(outcome): outcome.name.lower() for outcome in Outcome}
 REPLY_VALUES_MAX = 4 * 2**20  # numbers in one answer: as JSON some 50 MB
 MATCH_VALUES = 8  # what a match without vectors counts for
+DESCRIBED_MAX = 8  # memories whose captions may be the recalled one: a caption that more share is first among these
 VALUES_MAX = (
     4 * 2**20
 )  # values (16 MB) that one batch gathers: beyond the cache, and what malloc gives back, it is only slower
@@ -78,10 +72,11 @@ class Resolved:
     kernel: str
     gate: bool
     certify: bool
-    reconstruct: bool
+    reconstruct: PictureFormat | None
     with_payload: bool
+    with_text: bool
     with_vectors: bool
-    trace: bool
+    trace: PictureFormat | None
 
     @property
     def reach(self) -> int:
@@ -118,10 +113,11 @@ def resolve(live: LiveCollection, options: RecallOptions) -> Resolved:
         kernel=_kernel(live, default.kernel if options.kernel is None else options.kernel),
         gate=options.gate,
         certify=options.certify,
-        reconstruct=options.reconstruct,
+        reconstruct=format_of(options.reconstruct),
         with_payload=options.with_payload,
+        with_text=options.with_text,
         with_vectors=options.with_vectors,
-        trace=options.trace,
+        trace=format_of(options.trace),
     )
 
 
@@ -145,11 +141,17 @@ class Stopwatch:
         self._mark = now
 
 
+Weighted = list[tuple[str, float]]
+
+
 @dataclass(frozen=True)
 class Recalled:
+    """`heaviest`: per result the memories of largest weight, whether they are listed or not; none of an unknown cue."""
+
     version: int
     results: list[RecallResult]
     stages: dict[str, float]
+    heaviest: list[Weighted]
 
 
 @torch.inference_mode()  # no autograd bookkeeping: a tenth of a small recall's time
@@ -163,6 +165,7 @@ def recall_blocks(live: LiveCollection, cues: Sequence[CueBlocks], options: Reso
     for i, cue in enumerate(cues):
         groups[cue.modality].append(i)
     results: dict[int, RecallResult] = {}
+    heaviest: dict[int, Weighted] = {}
     for modality, members in groups.items():
         for part in _within_memory(live, view, members, options):
             some = [cues[i] for i in part]
@@ -172,17 +175,23 @@ def recall_blocks(live: LiveCollection, cues: Sequence[CueBlocks], options: Reso
             for way in ways(live, learned, view, modality, some, options):
                 watch.lap("search")
                 members_cues = [some[i] for i in way.members]
-                answered = _Recall(live, whole, view, modality, members_cues, way, options, watch).results()
-                results.update(zip((part[i] for i in way.members), answered, strict=True))
-    return Recalled(view.version, [results[i] for i in range(len(cues))], watch.seconds)
+                recall = _Recall(live, whole, view, modality, members_cues, way, options, watch)
+                results.update(zip((part[i] for i in way.members), recall.results(), strict=True))
+                heaviest.update(zip((part[i] for i in way.members), recall.heaviest(), strict=True))
+    everyone = range(len(cues))
+    return Recalled(
+        view.version, [results[i] for i in everyone], watch.seconds, [heaviest.get(i, []) for i in everyone]
+    )
 
 
 def check_size(live: LiveCollection, options: Resolved, cues: int) -> None:
     """Refuse a request whose answer would be too large to hold. Raises `InvalidRequest`, saying what fits."""
-    values = live.layout.dimension if options.with_vectors else MATCH_VALUES
-    most = REPLY_VALUES_MAX // (options.limit * values)
+    vectors = options.limit + 1 if options.with_vectors else 0  # the matches', and the state's
+    most = REPLY_VALUES_MAX // (vectors * live.layout.dimension + options.limit * MATCH_VALUES)
     if cues > max(1, most):
         raise InvalidRequest(f"{cues} cues with {options.limit} matches each are too many at once; send at most {most}")
+    pictures = (options.reconstruct is not None) + (options.update_steps_max + 1) * (options.trace is not None)
+    check_drawings(live, cues * pictures)
 
 
 def _within_memory(
@@ -191,7 +200,7 @@ def _within_memory(
     """Split a batch so that what it gathers stays under `VALUES_MAX`; one cue may need more by itself."""
     dimension = live.layout.dimension
     per_cue = max(options.support, SUPPORT, options.reach) * dimension if options.support != "dense" else view.count
-    if options.support == "dense" and (options.reconstruct or options.trace):
+    if options.support == "dense" and (options.reconstruct or options.trace or options.with_vectors):
         per_cue *= dimension  # the patterns under the weights are read out raw, cue by cue
     size = max(1, VALUES_MAX // max(1, per_cue))
     return (members[start : start + size] for start in range(0, len(members), size))
@@ -300,10 +309,18 @@ class _Recall:
         settled = retrieve(
             self.blocks, self.stored, self.state, beta=self.beta, separation=options.separation,
             observed=self.observed, valid=self.valid, first_scores=self.first_scores, step_size=options.step_size,
-            update_steps_max=options.update_steps_max, clamp_observed=options.clamp_observed, trace=options.trace,
+            update_steps_max=options.update_steps_max, clamp_observed=options.clamp_observed, ties=self._ties(),
+            trace=options.trace is not None,
         )  # fmt: skip
         self.settled = settled
         self.weights = settled.weights if self.order is None else settled.weights.gather(1, self.order)
+
+    def _ties(self) -> bool:
+        """Whether rounding alone may tell some cue's first two candidates apart."""
+        if self.nearest.shape[1] < 2:
+            return False
+        first, second = self.nearest[:, 0], self.nearest[:, 1]
+        return bool((first - second <= rounding_of(first, self.blocks.similarity)).any())
 
     def _auto_beta(self, separation: Separation, support: int) -> float:
         # Of the whole collection, so that a filter does not change how sharply memories are told apart.
@@ -350,44 +367,61 @@ class _Recall:
                 self.certified[i], self.error_bound[i] = True, distance[i]
 
     def _judge(self) -> None:
-        if self.mass is None:
-            self.verdicts: list[Verdict] = ["uncalibrated"] * len(self.cues)
+        """The verdicts, and the memories that each cue does not tell apart."""
+        batch = len(self.cues)
+        self.candidates: list[list[str]] = [[] for _ in range(batch)]
+        if not self.options.gate:
+            self.verdicts: list[Verdict] = ["uncalibrated"] * batch
             return
         # Odds are softmax's, over the rows that were looked at: a sparse separation and a support of one row settle at
         # a β that says little of odds.
         asked = self.options.beta if self.options.separation == "softmax" else "auto"
         odds_beta = asked if asked != "auto" else self._auto_beta("softmax", self.nearest.shape[1])
-        unsure = self.weights.amax(dim=1) < AMBIGUOUS_WEIGHT
-        if self.nearest.shape[1] > 1:
-            unsure = unsure | (odds_beta * (self.nearest[:, 0] - self.nearest[:, 1]) < AMBIGUOUS_LOG_ODDS)
+        close = rivals(self.nearest, odds_beta)
+        if any(cue.crossed for cue in self.cues):
+            close = close | twins(self.live, self.view, self.cues, self.nearest_rows)
+        doubts = (close.any(dim=1) | (self.weights.amax(dim=1) < AMBIGUOUS_WEIGHT)).tolist()
+        judged = self.rejected_at if self.mass is not None else [None] * batch
         self.verdicts = [
-            "unknown" if rejected >= 0 else "ambiguous" if doubt else "known"
-            for rejected, doubt in zip(self.rejected_at, unsure.tolist(), strict=True)
+            "uncalibrated" if at is None else "unknown" if at >= 0 else "ambiguous" if doubt else "known"
+            for at, doubt in zip(judged, doubts, strict=True)
         ]
+        for i, (verdict, doubt) in enumerate(zip(self.verdicts, doubts, strict=True)):
+            if doubt and verdict != "unknown":
+                close[i, 0] = True
+                rows = torch.cat([self.nearest_rows[i][close[i]], self.found.rows[i][heaviest(self.weights[i])]])
+                named = [name for (name,) in self.view.ids(rows[:, None]) if name is not None]
+                self.candidates[i] = list(dict.fromkeys(named))[:CANDIDATES_MAX]
 
     def _draw(self, results: list[RecallResult]) -> None:
-        """Decode what was recalled: raw patterns under the settled weights. An unknown cue has no reconstruction."""
-        if self.options.reconstruct:
-            drawn = [i for i, verdict in enumerate(self.verdicts) if verdict != "unknown"]
-            for i, drawing in zip(drawn, self._decode(self.found.rows[drawn], self.weights[drawn]), strict=True):
+        """An unknown cue has no reconstruction."""
+        live, view, rows = self.live, self.view, self.found.rows
+        if self.options.reconstruct is not None:
+            known = self._recalled()
+            drawings = draw(live, view, rows[known], self.weights[known], self.options.reconstruct)
+            for i, drawing in zip(known, drawings, strict=True):
                 results[i]["reconstruction"] = drawing
-        if self.settled.step_weights is not None:
+        if self.options.trace is not None and self.settled.step_weights is not None:
             for i, steps in enumerate(self.settled.steps.tolist()):
                 weights = self.settled.step_weights[: steps + 1, i]
                 if self.order is not None:
                     weights = weights[:, self.order[i]]
-                rows = self.found.rows[i : i + 1]
-                results[i]["trace"] = [self._decode(rows, step[None])[0] for step in weights]
+                results[i]["trace"] = draw_steps(live, view, rows[i], weights, self.options.trace)
 
-    def _decode(self, rows: Tensor, weights: Tensor) -> list[Drawing | None]:
-        if self.live.decoder is None or not len(rows):
-            return [None] * len(rows)
-        name, decoder = self.live.decoder
-        latents = self.view.read_out(rows, weights, name)
-        pictures = (write_png(pixels) for pixels in decoder.decode(latents.numpy()))
-        drawings: list[Drawing] = [{"media_type": "image/png", "base64": b64encode(png).decode()} for png in pictures]
-        # Zero latents: none of the memories recalled has anything in the space that draws.
-        return [drawing if some else None for drawing, some in zip(drawings, latents.any(dim=1).tolist(), strict=True)]
+    def _recalled(self) -> list[int]:
+        """The cues that recall anything."""
+        return [i for i, verdict in enumerate(self.verdicts) if verdict != "unknown"]
+
+    def heaviest(self) -> list[Weighted]:
+        """To be asked after `results`; empty where nothing is to be said of them."""
+        if not (self.live.described and self.options.with_text):
+            return [[] for _ in self.cues]
+        top = self.weights.topk(min(DESCRIBED_MAX, self.weights.shape[1]))
+        ids = self.view.ids(self.found.rows.gather(1, top.indices))
+        return [
+            [] if verdict == "unknown" else [(name, w) for name, w in zip(names, weights, strict=True) if name and w]
+            for verdict, names, weights in zip(self.verdicts, ids, top.values.tolist(), strict=True)
+        ]
 
     def _replies(self) -> list[RecallResult]:
         found, settled, options = self.found, self.settled, self.options
@@ -402,6 +436,8 @@ class _Recall:
         ids = self.view.ids(rows)
         payloads = self.view.payloads(rows) if options.with_payload else None
         vectors = self._raw_vectors(rows) if options.with_vectors else {}
+        shares = completed(self.live, self.view, self.cue, found.rows, self.weights)
+        state = states(self.live, self.view, found.rows, self.weights) if options.with_vectors else {}
         rivals = self.nearest[:, 1] if self.nearest.shape[1] > 1 else torch.full_like(self.nearest[:, 0], -torch.inf)
         margins = [m if math.isfinite(m) else None for m in (self.nearest[:, 0] - rivals).tolist()]
         supports = (found.rows >= 0).sum(dim=1).tolist()
@@ -415,14 +451,19 @@ class _Recall:
                     break
                 payload = None if payloads is None else payloads[i][j]
                 match: Match = {
-                    "id": memory_id, "weight": weights[i][j], "similarity": similarities[i][j],
+                    "id": memory_id, "weight": weights[i][j], "similarity": similarities[i][j], "text": None,
                     "payload": None if payload is None else orjson.loads(payload),
                 }  # fmt: skip
                 if vectors:
                     match["vectors"] = {name: v[i, j].tolist() for name, v in vectors.items() if v[i, j].any()}
                 matches.append(match)
             result = empty_result(self.verdicts[i], warnings=[*cue.warnings, *why])
-            result["matches"] = matches
+            result["matches"], result["candidates"] = matches, self.candidates[i]
+            if self.verdicts[i] != "unknown":
+                result["completed"] = {name: share[i] for name, share in shares.items()}
+            if options.with_vectors:
+                recalled = self.verdicts[i] != "unknown"
+                result["state"] = {name: x[i].tolist() for name, x in state.items()} if recalled else None
             result["recall"] = {
                 "steps": steps[i], "converged": outcomes[i] == Outcome.CONVERGED, "outcome": OUTCOMES[outcomes[i]],
                 "energy": energies[i][: steps[i] + 1] if supports[i] else [], "margin": margins[i],
@@ -459,8 +500,8 @@ def empty_result(
 ) -> RecallResult:
     """A result without matches: of an empty collection, of a cue that was wrong, or to be filled."""
     return {
-        "verdict": verdict, "matches": [], "recall": None, "gate": None, "reconstruction": None,
-        "warnings": warnings or [], "error": error,
+        "verdict": verdict, "matches": [], "candidates": [], "recall": None, "gate": None, "text": None,
+        "original": None, "completed": {}, "reconstruction": None, "warnings": warnings or [], "error": error,
     }  # fmt: skip
 
 

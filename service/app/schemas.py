@@ -6,7 +6,7 @@ Rules:
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NotRequired, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     Field,
@@ -18,7 +18,6 @@ from pydantic import (
     model_validator,
 )
 from pydantic.functional_validators import SkipValidation
-from typing_extensions import TypedDict
 
 from service.app.fields import (
     BATCH_MAX,
@@ -41,6 +40,7 @@ from service.app.kernel_schemas import KernelInUse, TrainKernel
 from service.core.separation import ALPHA_MAX, Separation, entmax
 from service.core.similarity import Similarity
 from service.encoders.corruption import Corruption
+from service.encoders.picture import PictureFormat
 from service.encoders.protocol import DIMENSION_MAX, Source
 
 # --- collections ------------------------------------------------------------------------------------------------------
@@ -286,6 +286,29 @@ class TrainRequest(RootModel[Annotated[TrainGate | TrainKernel, Field(discrimina
     """What to train; by `what` one of two requests."""
 
 
+class DrawingSpec(Request):
+    """How a state is drawn: at the codec's size, without further loss (WebP is its lossless kind)."""
+
+    format: PictureFormat = "png"
+
+
+def _named_format(value: object, check: ValidatorFunctionWrapHandler) -> object:
+    """As `_named_separation`."""
+    try:
+        return check(value)
+    except ValidationError:
+        formats = " or ".join(get_args(PictureFormat))
+        raise ValueError(f'is true, false or {{"format": {formats}}}, not {repr(value)[:60]}') from None
+
+
+Draw = Annotated[bool | DrawingSpec, WrapValidator(_named_format)]
+
+
+def format_of(draw: bool | DrawingSpec) -> PictureFormat | None:
+    """None: nothing is drawn."""
+    return draw.format if isinstance(draw, DrawingSpec) else "png" if draw else None
+
+
 class RecallOptions(Request):
     limit: int = Field(default=5, ge=1, le=LIMIT_MAX)
     offset: int = Field(default=0, ge=0, description="matches to pass over, of those in the same order")
@@ -305,10 +328,15 @@ class RecallOptions(Request):
     kernel: KernelChoice | None = None
     gate: bool = True
     certify: bool = False
-    reconstruct: bool = False
+    reconstruct: Draw = Field(
+        default=False, description='decode the settled state: true (PNG), or {"format": "png" | "webp"}'
+    )
     with_payload: bool = True
-    with_vectors: bool = False
-    trace: bool = Field(default=False, description="decode the state before the first and after every step")
+    with_text: bool = Field(default=True, description="the captions, and the address of the original")
+    with_vectors: bool = Field(default=False, description="the matches' vectors, and the settled state's")
+    trace: Draw = Field(
+        default=False, description="decode the state before the first and after every step; true, or as `reconstruct`"
+    )
 
     @model_validator(mode="after")
     def _within_reach(self) -> Self:
@@ -326,90 +354,3 @@ class RecallRequest(RecallOptions):
         if (self.cue is None) == (self.cues is None):
             raise ValueError("send either cue or cues")
         return self
-
-
-# Typed dictionaries, not models: a recall of tenths of a millisecond would spend as long again on building models.
-
-
-class Match(TypedDict):
-    id: str
-    weight: float
-    similarity: float
-    payload: Payload | None
-    vectors: NotRequired[dict[str, list[float]]]
-
-
-class Dynamics(TypedDict):
-    """`margin`: similarity of the first candidate less the second's, before any step. `energy`: before, and after
-    each step. `compared_by`: the collection's similarity, or `kernel` (`kernels` names them), `neg_l2`,
-    `observed_neg_l2`; `probability`: that the first candidate is the cue's own, where `kernel: auto` chose by it.
-    """
-
-    steps: int
-    converged: bool
-    outcome: str
-    energy: list[float]
-    margin: float | None
-    beta: float
-    support: int
-    certified: bool
-    error_bound: float | None
-    compared_by: str
-    kernels: list[str]
-    probability: float | None
-
-
-class GateReply(TypedDict):
-    """`score` is log S (its least along the path, where the gate follows it; less that of known negatives) and
-    `threshold` log λ: a cue is accepted when the score is over it. `rejected_at`: 0, rejected before any step; t, fell
-    to the origin after t steps; null, never.
-    """
-
-    score: float
-    threshold: float
-    target_tpr: float
-    modality: str
-    rejected_at: int | None
-
-
-class Drawing(TypedDict):
-    media_type: str
-    base64: str
-
-
-Verdict = Literal["known", "ambiguous", "unknown", "uncalibrated"]
-
-
-class ProblemDict(TypedDict):
-    code: str
-    detail: str
-
-
-class RecallResult(TypedDict):
-    """`verdict` and `recall` are null where the cue itself was wrong (see `error`); `recall` also in an empty
-    collection.
-    """
-
-    verdict: Verdict | None
-    matches: list[Match]
-    recall: Dynamics | None
-    gate: GateReply | None
-    reconstruction: Drawing | None
-    trace: NotRequired[list[Drawing | None]]
-    warnings: list[str]
-    error: ProblemDict | None
-
-
-class Timings(TypedDict):
-    encode: float
-    search: float
-    gate: float
-    dynamics: float
-    decode: float
-    total: float
-
-
-class RecallReply(TypedDict):
-    version: int
-    results: list[RecallResult]
-    timings_ms: Timings

@@ -226,6 +226,7 @@ def commit(
         },
         payloads=[None if write.payload is None else orjson.dumps(write.payload) for write in writes],
     )
+    live.described = live.described or any(write.text is not None or write.blob_hash for write in writes)
     written = resources.repository.put_memories(
         live.id, writes, answering, lambda written: live.follow(rows, [], written.version), live.generation
     )

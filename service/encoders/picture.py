@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,9 @@ PIXELS_MAX = 50_000_000
 
 SIDE_MAX = 32_768
 """The longest side read: a picture of 1 x 50,000,000 is within the limit above and breaks whoever resizes it."""
+
+PictureFormat = Literal["png", "webp"]
+"""What is written."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
@@ -122,8 +126,13 @@ def read_picture(data: bytes, mask: bytes | None = None, pixels_max: int = PIXEL
 
 def write_png(pixels: NDArray[np.uint8]) -> bytes:
     """(height, width, 3) uint8 → a PNG file."""
+    return write_picture(pixels, "png")
+
+
+def write_picture(pixels: NDArray[np.uint8], format_: PictureFormat) -> bytes:
+    """(height, width, 3) uint8 → a file that holds just these pixels: WebP is its lossless kind."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
+    Image.fromarray(pixels).save(buffer, format_, **({"lossless": True} if format_ == "webp" else {}))
     return buffer.getvalue()
 
 

@@ -46,6 +46,12 @@ IN_MAX = 1000
 """Values in one `IN`: databases bound them (SQLite to 32,766), and statements of few sizes are compiled once."""
 
 
+# Every recall of captions asks this, and building it takes as long as running it.
+_DESCRIBE = select(memories.c.id, memories.c.text, memories.c.blob_hash.is_not(None)).where(
+    memories.c.collection_id == bindparam("collection"), memories.c.id.in_(bindparam("ids", expanding=True))
+)
+
+
 @dataclass(frozen=True, eq=False)
 class MemoryWrite:
     """A memory to be stored. `vectors` maps a space to its block, (dimension,) float32."""
@@ -89,6 +95,14 @@ class Memory:
     created_at: datetime
     updated_at: datetime
     spaces: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a memory says of itself: its caption, and whether its original is kept."""
+
+    text: str | None
+    has_original: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,6 +223,22 @@ class Memories:
                 select(patterns.c.space).where(patterns.c.memory_key == values.pop("key")).order_by(patterns.c.space)
             )
             return Memory(id=id_, spaces=tuple(connection.execute(spaces).scalars()), **values)
+
+    def describe(self, collection_id: int, ids: Sequence[str]) -> dict[str, Description]:
+        """Of those of `ids` that are stored now, in one query for each `IN_MAX` of them."""
+        found: dict[str, Description] = {}
+        with self._database.read() as connection:
+            for part in _parts(ids):
+                rows = connection.execute(_DESCRIBE, {"collection": collection_id, "ids": part})
+                found.update((id_, Description(text, bool(kept))) for id_, text, kept in rows)
+        return found
+
+    def is_described(self, collection_id: int) -> bool:
+        """Whether any memory of the collection has a caption or an original."""
+        c = memories.c
+        some = (c.collection_id == collection_id) & (c.text.is_not(None) | c.blob_hash.is_not(None))
+        with self._database.read() as connection:
+            return connection.execute(select(memories.c.key).where(some).limit(1)).first() is not None
 
     def count_since(self, collection_id: int, version: int) -> int:
         """How many memories were last written after `version`."""

@@ -203,6 +203,22 @@ def test_a_form_recalls_by_files(http: httpx.Client, pictures: str) -> None:
     assert result["reconstruction"]["media_type"] == "image/png"
 
 
+def test_a_form_asks_for_a_format_and_the_original_is_where_the_reply_says(http: httpx.Client, pictures: str) -> None:
+    data = base64.b64decode(png(picture(4))["base64"])
+    response = http.post(f"{pictures}/recall", files={"image": data}, data={"reconstruct": '{"format": "webp"}'})
+    (result,) = response.json()["results"]
+    assert result["reconstruction"]["media_type"] == "image/webp"
+    assert http.get(result["original"]).content == data
+
+
+@pytest.mark.parametrize("wrong", ["webp", {"format": "gif"}, {"size": 3}, 2])
+def test_a_format_that_is_not_written_is_told_what_is(http: httpx.Client, pictures: str, wrong: Any) -> None:
+    for option in ("reconstruct", "trace"):
+        response = http.post(f"{pictures}/recall", json={"cue": {"image": png(picture(1))}, option: wrong})
+        assert response.status_code == 422
+        assert response.json()["detail"] == f'{option}: is true, false or {{"format": png or webp}}, not {wrong!r}'
+
+
 def test_several_spaces_at_once_and_one_chosen(http: httpx.Client, pictures: str) -> None:
     cue = {"image": png(picture(8)), "vectors": {"v": [20.0, 1.0, 0.5]}}
     both = one(http, pictures, cue)

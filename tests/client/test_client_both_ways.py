@@ -202,6 +202,32 @@ def test_recall_by_vectors(client: Client, new_name: NewName) -> None:
         collection.content("2")
 
 
+def test_a_recall_brings_the_caption_the_picture_and_the_way_to_the_original(client: Client, new_name: NewName) -> None:
+    collection = client.create_collection(new_name(), {**PIXELS, "v": {"dimension": 3}})
+    memories: list[dict[str, Any]] = [
+        {"id": f"p/{i}.png", "image": picture(i), "text": f"caption {i}", "vectors": {"v": row}}
+        for i, row in enumerate(np.eye(3))
+    ]
+    collection.store([*memories, {"id": "bare", "vectors": {"v": -np.ones(3)}}])
+    answer = collection.recall(
+        vectors={"v": [0, 1, 0.1]}, reconstruct={"format": "webp"}, with_vectors=True, trace=True, beta=100
+    )
+    assert (answer.matches[0].id, answer.matches[0].text, answer.text) == ("p/1.png", "caption 1", "caption 1")
+    assert answer.completed == pytest.approx({"image": 1.0}, abs=1e-4)
+    assert answer.original == f"/v1/collections/{collection.name}/memories/p%2F1.png/content"
+    assert answer.reconstruction is not None
+    assert answer.reconstruction.media_type == "image/webp"
+    assert answer.reconstruction.image().size == (16, 16)
+    assert answer.state is not None
+    np.testing.assert_allclose(answer.state["v"], [0, 1, 0], atol=1e-3)
+    assert answer.candidates == ()
+    between = collection.recall(vectors={"v": [1, 1, 0]})
+    assert set(between.candidates) == {"p/0.png", "p/1.png"}
+    bare = collection.recall(vectors={"v": -np.ones(3)}, reconstruct=True, trace=True, beta=1000)
+    assert (bare.matches[0].id, bare.text, bare.original) == ("bare", None, None)
+    assert (bare.image(), set(bare.trace or ())) == (None, {None})
+
+
 def test_a_memory_that_lacks_a_space_is_recalled_by_the_others(client: Client, new_name: NewName) -> None:
     collection = client.create_collection(new_name(), {"u": {"dimension": 16}, "v": {"dimension": 16}})
     rows = np.random.default_rng(0).normal(size=(2, 6, 16)).astype(np.float32)
