@@ -69,7 +69,7 @@ def _score(
     """Σ w cos of some of the cue's spaces, not divided by the weights."""
     total = patterns.new_zeros(len(patterns))
     for name in spaces:
-        vector = torch.from_numpy(cue.vectors[name])
+        vector = torch.from_numpy(cue.vectors[name].copy())  # remembered vectors are read-only
         total += live.spaces[name].weight * (patterns[:, parts[name]] @ (vector / vector.norm()))
     return total
 
