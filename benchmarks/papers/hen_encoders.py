@@ -4,9 +4,9 @@ Strategy: every encoder is the service's, made by its registry; a `Coded` is one
 
 Rules:
 - At hand means loadable. An encoder that is not is named in the report with the reason, and is in no table.
-- The paper's own (dVAE, VQ, KL) are loaded from the folders that HEN_DVAE, HEN_VQ, HEN_KL and HEN_TINY name: their
-  weights are on a hub.
-- *Equal cells* is a map around an encoder whose latent is a grid: each cell z becomes (z, κ)/‖(z, κ)‖, κ the root mean
+- The paper's own (dVAE, VQ, KL) are loaded from the folders or hub ids that HEN_DVAE, HEN_VQ, HEN_KL and HEN_TINY
+  name, onto the device HEN_DEVICE (the processor if none): their weights are on a hub.
+- *Equal cells* is a map around pixels, whose code is a grid: each cell z becomes (z, κ)/‖(z, κ)‖, κ the root mean
   square of ‖z‖ over a sample. All cells then have one norm, as the one-hot codes of the paper's dVAE and VQ have:
   nothing scores higher on the cells seen than the memory itself. Nothing is learned and nothing lost: z is κ times the
   first values over the last one, of a mean of memories too. Only cells that are seen whole count.
@@ -83,15 +83,12 @@ def at_hand(sample: Sequence[Picture], colour: bool) -> tuple[list[Coded], list[
     ]:
         try:
             if options is None:
-                raise LookupError(f"no weights named: let {_PAPERS[label][1]} name a folder with them")
-            encoder = make(name, options)
+                raise LookupError(f"no weights named: let {_PAPERS[label][1]} name their folder")
+            encoder = make(name, options, device=os.environ.get("HEN_DEVICE", "cpu"))
         except (EngramError, LookupError) as error:
             missing.append(Missing(label, str(error)))
             continue
         found.append(coded(encoder, label, f"`{encoder.fingerprint}`"))
-        grid = getattr(encoder, "grid", None)
-        if isinstance(grid, int):
-            found.append(equal_cells(encoder, grid, f"{label}, equal cells", "each cell a unit vector", sample))
     return found, missing
 
 
@@ -151,4 +148,4 @@ def _pixels(colour: bool, centre: bool) -> Encoder:
 
 def _folder(variable: str) -> dict[str, object] | None:
     named = os.environ.get(variable)
-    return {"folder": named} if named else None
+    return {"model": named} if named else None

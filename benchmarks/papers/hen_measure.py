@@ -45,19 +45,27 @@ class Measured:
         chosen = self.own if rows is None else rows
         return torch.from_numpy(self.coded.encode(cued([self.stored[row] for row in chosen], hidden, how)))
 
-    def asked(self, hidden: Hidden, how: How, betas_of: Mapping[int, Sequence[float]], pictures: int) -> None:
-        """Answers by every similarity. betas_of: memories, ascending → the β asked for."""
-        smallest = min(betas_of)
-        cues = self.cues(hidden, how)
+    def asked(self, hidden: Hidden, betas_of: Mapping[int, Sequence[float]], pictures: int) -> None:
+        """Answers by every similarity to both kinds of cue. betas_of: memories, ascending → the β asked for."""
+        zeroed, masked = (self.cues(hidden, how) for how in HOWS)
+        self._asked(hidden, "masked", masked, betas_of, pictures)
+        if not torch.equal(zeroed, masked):
+            self._asked(hidden, "zeroed", zeroed, betas_of, pictures)
+            return
+        # To raw pixels, black and hidden are one.
+        for method in (Method(self.coded.name, similarity) for similarity in self.coded.similarities):
+            for rows in betas_of:
+                same, other = Asked(hidden, "masked", rows), Asked(hidden, "zeroed", rows)
+                self.found.found[method][other] = self.found.found[method][same]
+                self.found.first[method][other] = self.found.first[method][same]
+        overlaps = self.found.overlaps[self.coded.name]
+        overlaps[hidden, "zeroed"] = overlaps[hidden, "masked"]
+
+    def _asked(
+        self, hidden: Hidden, how: How, cues: Tensor, betas_of: Mapping[int, Sequence[float]], pictures: int
+    ) -> None:
         products = self.bank.products(cues)
-        lengths = torch.linalg.vector_norm(cues, dim=-1, keepdim=True).clamp_min(1e-12)
-        cosines = products[:, :smallest] / self.bank.norms[:smallest] / lengths
-        rows = torch.arange(len(cues))
-        others = np.random.default_rng(SEED).integers(1, smallest, (len(cues), OTHERS))
-        elsewhere = (torch.from_numpy(self.own)[:, None] + torch.from_numpy(others)) % smallest
-        self.found.overlaps.setdefault(self.coded.name, {})[hidden, how] = Overlap(
-            cosines[rows, torch.from_numpy(self.own)].numpy(), cosines.gather(1, elsewhere).reshape(-1).numpy()
-        )
+        self._overlap(hidden, how, cues, products[:, : min(betas_of)])
         for similarity in self.coded.similarities:
             method = Method(self.coded.name, similarity)
             scored = first_scores(self.bank, products, cues, similarity)
@@ -65,11 +73,19 @@ class Measured:
                 bank, some = self.bank.first(size), scored[:, :size].contiguous()
                 settled = settle(bank, some, cues, betas, similarity, pictures=pictures)
                 asked = Asked(hidden, how, size)
-                self.found.found.setdefault(method, {})[asked] = judged(
-                    self.coded, self.bank.patterns, settled, self.own, betas
-                )
-                right = (settled.first.numpy() == self.own).mean()
-                self.found.first.setdefault(method, {})[asked] = float(right)
+                answers = judged(self.coded, self.bank.patterns, settled, self.own, betas)
+                self.found.found.setdefault(method, {})[asked] = answers
+                self.found.first.setdefault(method, {})[asked] = float((settled.first.numpy() == self.own).mean())
+
+    def _overlap(self, hidden: Hidden, how: How, cues: Tensor, products: Tensor) -> None:
+        count = products.shape[1]
+        lengths = torch.linalg.vector_norm(cues, dim=-1, keepdim=True).clamp_min(1e-12)
+        cosines = products / self.bank.norms[:count] / lengths
+        own = torch.from_numpy(self.own)[:, None]
+        further = torch.from_numpy(np.random.default_rng(SEED).integers(1, count, (len(cues), OTHERS)))
+        self.found.overlaps.setdefault(self.coded.name, {})[hidden, how] = Overlap(
+            cosines.gather(1, own)[:, 0].numpy(), cosines.gather(1, (own + further) % count).reshape(-1).numpy()
+        )
 
     def ranked(self, size: int) -> None:
         """HEN's figure 7: the rank of the cues, and of what is recalled step by step, over that of their memories; half

@@ -98,7 +98,7 @@ tables 1 to 5, figures 2, 3, 6 and 7. The paper's pictures are COCO's, which no 
 - Cues: {HIDDEN_WORDS}. *zeroed*: the hidden part is black, and the encoder is not told (the paper's). *masked*: the
   encoder is told (the service's), and says nothing of what is hidden.
 - *dot* and *L2* (-‖ξ - x‖²) on the codes as they are, as the paper; *cosine* is the service's. Softmax, all rows, until
-  it rests or ten steps. β: the paper's 20 to 500, and 1,000, 2,000, 5,000.
+  it rests or ten steps. β: the paper's 20 to 500, and 1,000 to 10,000.
 - *Equal cells*: every cell of the code's grid at one norm, hidden cells zero, which the paper's one-hot codes have of
   themselves (`hen_encoders.py`). Dot, L2 and cosine then rank alike, and differ in what β means.
 

@@ -240,7 +240,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hen, "grey", lambda: Pictures("squares", _pictures(40), None, "drawn"))
     monkeypatch.setattr(hen, "colour", lambda seed, most: Pictures("drawings", drawings, captions, "drawn"))
     plan = hen.Plan(
-        sizes=(20, 40), colour=(99,), cues=10, pictures=4, betas=(20.0, 500.0), large_betas=(500.0,), kernel=(20,),
+        sizes=(20, 40), colour=(99,), cues=10, pictures=4, paper_betas=(20.0, 500.0), betas=(20.0, 500.0),
+        few_betas=(500.0,), kernel=(20,),
         hetero=(99,),
     )  # fmt: skip
     monkeypatch.setitem(hen.PLANS, "quick", plan)
@@ -252,7 +253,7 @@ def test_a_small_run_writes_the_report(tmp_path: Path) -> None:
     written = (tmp_path / "hen.md").read_text()
     for words in (
         "raw pixels, equal cells, dot | **exact from β = 20**",
-        "VQ (no weights named: let HEN_VQ name a folder with them)",
+        "VQ (no weights named: let HEN_VQ name their folder)",
         "(HEN, table 1)",
         "| raw pixels | masked |",
         "| 10 | sentence (MiniLM) | raw pixels, cosine |",  # 12 pictures, of which two pairs share a caption
