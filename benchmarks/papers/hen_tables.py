@@ -64,8 +64,9 @@ def write(report: Report, findings: Sequence[Findings], lacking: str | None) -> 
         if "shared" in found.sheets:
             report.text(
                 "Uniqueness broken (HEN, figure 6): two memories with one caption. One step gives their mixture. After "
-                "more steps rounding may let one of them win, which means nothing: both fit the cue alike. So the "
-                "service judges such a cue `ambiguous` from the odds at the cue, before any step."
+                "more steps rounding may let one of them win, which means nothing: both fit the cue alike. The service "
+                "takes scores within rounding of the best as one, so that its mixture stays one, and judges the cue "
+                "`ambiguous` by the odds at the cue, before any step."
             )
             report.figure("shared", hen_figures.sheet(found.sheets["shared"]), "Two memories that share a caption")
     report.text("## The paper's tables of β")
