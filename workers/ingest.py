@@ -35,7 +35,7 @@ from service.app.live import LiveCollection
 from service.app.resources import Resources
 from service.app.store import STORE_JOB, Arriving, arriving, commit_encoded, decode, job_result
 from service.encoders.protocol import Picture
-from service.errors import Conflict, EncodersChanged, EngramError
+from service.errors import Conflict, EncoderMismatch, EncodersChanged, EngramError
 from service.storage.jobs import Job
 
 log = structlog.get_logger()
@@ -318,11 +318,14 @@ class Ingest:
             self._tell(run)
 
     def _lose(self, run: _Run, error: Exception) -> None:
-        """Go on without a job. Where it is still ours it has failed, and the row says why."""
+        """Go on without a job. Where it is still ours it has failed, and the row says why. One that lacks its encoder
+        keeps its items, and is queued again when its space has one.
+        """
         if run.ended:
             return
-        run.ended = "cancelled" if isinstance(error, Conflict) else "failed"
-        if isinstance(error, Conflict):
+        lost = isinstance(error, Conflict) and not isinstance(error, EncoderMismatch)
+        run.ended = "cancelled" if lost else "failed"
+        if lost:
             return
         if not isinstance(error, EngramError):
             log.error("a job failed", kind=STORE_JOB, job=run.job.id, exc_info=error)

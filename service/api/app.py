@@ -35,6 +35,7 @@ from service.app.memory_schemas import (
     ScrollRequest,
 )
 from service.app.recall_schemas import RecallReply
+from service.app.reencode_schemas import ReencodeRequest
 from service.app.reports import Diagnostics
 from service.app.schemas import (
     CollectionConfig,
@@ -170,6 +171,20 @@ async def delete_collection(collection: CollectionName, engine: Engine_, pool: P
 async def train(collection: CollectionName, request: Request, engine: Engine_, pool: Pool_) -> Operation:
     """Calibrate the gate again, now, or train a kernel: an operation."""
     return await pool.run(engine.train, collection, await bodies.read(request, TrainRequest))
+
+
+@v1.post(
+    "/collections/{collection}/spaces/{space}/reencode",
+    status_code=202,
+    tags=["collections"],
+    openapi_extra=_body(ReencodeRequest, required=False),
+)
+async def reencode(collection: CollectionName, space: str, request: Request, engine: Engine_, pool: Pool_) -> Operation:
+    """Encode a space again from the kept originals, by another encoder or by the one there is now: an operation. Until
+    it ends, recalls and stores go by the former.
+    """
+    body = await bodies.read(request, ReencodeRequest) if await request.body() else ReencodeRequest()
+    return await pool.run(engine.reencode, collection, space, body)
 
 
 @v1.get("/collections/{collection}/kernels", tags=["collections"])
@@ -350,7 +365,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
     template = "#/components/schemas/{model}"
     models = (
         CollectionConfig, CountRequest, DeleteRequest, GetRequest, MemoryInput, ProblemDetails, RecallRequest,
-        ScrollRequest, StoreRequest, TrainRequest,
+        ReencodeRequest, ScrollRequest, StoreRequest, TrainRequest,
     )  # fmt: skip
     read = [(model, "validation") for model in models]
     _, definitions = models_json_schema(read, ref_template=template)  # type: ignore[arg-type]

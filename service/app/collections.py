@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import structlog
 import torch
+from pydantic import ValidationError
 
+from service.app.absent import AbsentEncoder, cannot_be_made, changed
 from service.app.calibrate import ROUTE_PREFIX
 from service.app.comparison import ActiveKernel
+from service.app.fields import faults
 from service.app.gates import Gate
 from service.app.kernel_schemas import KernelInUse
-from service.app.live import Learned, LiveCollection, check_fingerprints, make_spaces
+from service.app.live import Learned, LiveCollection, Space, make_space, make_spaces
 from service.app.resources import Resources
 from service.app.routes import Route
 from service.app.schemas import (
     CollectionConfig,
     CollectionInfo,
+    Problem,
     SpaceInfo,
 )
 from service.bank import Rows
 from service.core.similarity import Kernel
 from service.encoders.protocol import Decoder
-from service.errors import InvalidRequest
+from service.errors import EngramError, InvalidRequest
+from service.storage.memories import Drafted
 from service.storage.repository import Collection
 
+log = structlog.get_logger()
+
 DEVICE = "cpu"
+REENCODED_AT = "reencoded_at"  # in a collection's row: its version when an encoder of it last changed
 
 
 def create(resources: Resources, name: str, config: CollectionConfig) -> LiveCollection:
@@ -44,35 +53,65 @@ def create(resources: Resources, name: str, config: CollectionConfig) -> LiveCol
 
 
 def load(resources: Resources, row: Collection) -> LiveCollection:
-    """Rebuild a collection from SQL. Raises `EncoderMismatch` where its patterns were made by another encoder."""
-    config = CollectionConfig.model_validate(row.config["config"])
-    spaces = make_spaces(config, resources.make_encoder)
-    check_fingerprints(row.name, spaces, row.config["fingerprints"])
-    live = LiveCollection(row, config, spaces, DEVICE)
+    """Rebuild a collection from SQL; a space whose encoder is not what it was is marked. Raises `InvalidRequest`."""
+    try:
+        config = CollectionConfig.model_validate(row.config["config"])
+    except ValidationError as error:
+        raise InvalidRequest(f"its configuration is none that this version knows: {faults(error)}") from None
+    live = LiveCollection(row, config, _load_spaces(resources, row, config), DEVICE)
     live.described = resources.repository.is_described(row.id)
     kernels = {}
     for kept in resources.repository.get_kernels(row.id):
         if kept.weight is not None:
             kernels[kept.space] = ActiveKernel(kept.space, kept.number, Kernel(torch.from_numpy(kept.weight)))
             live.bank.add_kernel(kept.space, kernels[kept.space].kernel)
-    layout = [(space.name, space.dimension) for space in spaces.values()]
-    with resources.repository.iter_patterns(row.id, layout) as stream:
-        for chunk in stream.chunks:
-            live.bank.write(Rows(chunk.ids, chunk.vectors, chunk.payloads), [], stream.version)
+    fill(resources, live)
     stored = {name: gate.record for name, gate in resources.repository.get_gates(row.id).items()}
     gates = {m: Gate.unpacked(live, record) for m, record in stored.items() if not m.startswith(ROUTE_PREFIX)}
     routes = {m.removeprefix(ROUTE_PREFIX): Route.unpacked(r) for m, r in stored.items() if m.startswith(ROUTE_PREFIX)}
     # A kernel may have been retired since: what was chosen under it goes with it.
     routes = {modality: route for modality, route in routes.items() if route.holds(kernels)}
     live.learned = Learned(kernels, gates, routes)
-    if gates:
-        made = next(iter(gates.values())).record
+    made = next(iter(gates.values())).record if gates else None
+    # Of before a re-encoding: what it left is of the other spaces, and the calibration is still to be done again.
+    if made is not None and made.version >= row.config.get(REENCODED_AT, 0):
         gone = max(0, made.rows - live.bank.view().count)
         changed = gone + resources.repository.count_since(row.id, made.version)
         live.learn(Learned(kernels, gates, routes), made.rows, changed)
     while live.bank.seal_due() and live.bank.seal():
         pass
     return live
+
+
+def fill(resources: Resources, live: LiveCollection, drafted: Drafted | None = None) -> None:
+    """Bring what is stored to an empty bank; of one space, if told so, a job's drafts."""
+    layout = [(space.name, space.dimension) for space in live.spaces.values()]
+    with resources.repository.iter_patterns(live.id, layout, drafted=drafted) as stream:
+        for chunk in stream.chunks:
+            live.bank.write(Rows(chunk.ids, chunk.vectors, chunk.payloads), [], stream.version)
+
+
+def _load_spaces(resources: Resources, row: Collection, config: CollectionConfig) -> dict[str, Space]:
+    """The spaces as they were when their patterns were made, or marked with why they are not (`AbsentEncoder`)."""
+    spaces = {}
+    for name, space in config.spaces.items():
+        stored = row.config["fingerprints"].get(name)
+        made: Space | None = None
+        try:
+            made = make_space(name, space, resources.make_encoder)
+        except EngramError as error:
+            fault = cannot_be_made(row.name, name, error)
+        else:
+            if made.encoder is None or made.encoder.fingerprint == stored:
+                spaces[name] = made
+                continue
+            fault = changed(row.name, name, stored, made.encoder)
+        log.error("a space cannot be used", collection=row.name, space=name, code=fault.code, detail=fault.detail)
+        dimension = resources.repository.pattern_dimension(row.id, name) or (made.dimension if made is not None else 1)
+        takes = made.encoder.takes if made is not None and made.encoder is not None else frozenset({space.source})
+        absent = AbsentEncoder(space.encoder or "", stored, dimension, takes, fault)
+        spaces[name] = Space(name, space, dimension, absent)
+    return spaces
 
 
 def delete(resources: Resources, name: str) -> None:
@@ -91,6 +130,7 @@ def info(live: LiveCollection) -> CollectionInfo:
             encoder=space.config.encoder, fingerprint=space.encoder.fingerprint if space.encoder else None,
             source=space.config.source if space.encoder else None, dimension=space.dimension,
             similarity=space.config.similarity, weight=space.weight, decodable=isinstance(space.encoder, Decoder),
+            problem=None if (fault := space.fault) is None else Problem(code=fault.code, detail=fault.detail),
         )
         for name, space in live.spaces.items()
     }  # fmt: skip

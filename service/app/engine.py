@@ -40,8 +40,10 @@ from service.app.memory_schemas import (
 )
 from service.app.recall import Recalled, Resolved, check_size, empty_result, recall_blocks, resolve
 from service.app.recall_schemas import RecallReply, Timings
+from service.app.reencode import enqueue_reencode, run_reencode_job
+from service.app.reencode_schemas import ReencodeRequest
 from service.app.reports import Diagnostics
-from service.app.resources import CALIBRATE_JOB, KERNEL_JOB, Resources
+from service.app.resources import CALIBRATE_JOB, KERNEL_JOB, REENCODE_JOB, Resources
 from service.app.schemas import (
     CollectionConfig,
     CollectionInfo,
@@ -114,7 +116,9 @@ class Engine:
             self._opened = opened.pop_all()
 
     def _load(self) -> None:
-        """Load every collection. One that cannot be answers its own requests with why; the others are not held up."""
+        """Load every collection. One that cannot be answers its own requests with why; the others are not held up. One
+        whose encoder has changed is loaded, and refuses what needs it.
+        """
         for row in self.repository.list_collections():
             try:
                 self.resources.add(collections.load(self.resources, row))
@@ -177,6 +181,7 @@ class Engine:
         started = time.perf_counter()
         live = self.resources.live(name)
         options = resolve(live, request)
+        live.require(live.spaces if options.chosen is None else options.chosen)
         single = request.cue is not None
         cues = [request.cue] if request.cue is not None else request.cues or []
         check_size(live, options, len(cues))
@@ -274,9 +279,14 @@ class Engine:
         wrong cues, `UnknownSpace`, `TrainingRefused`.
         """
         live = self.resources.live(name)
+        live.require(live.spaces)
         if isinstance(request.root, TrainKernel):
             return self.operation(enqueue_kernel(self.resources, live, request.root))
         return self.operation(enqueue_training(self.resources, live, request.root))
+
+    def reencode(self, name: str, space: str, request: ReencodeRequest) -> Operation:
+        """Encode a space again from the originals, in the background. Raises as `enqueue_reencode`."""
+        return self.operation(enqueue_reencode(self.resources, self.resources.live(name), space, request))
 
     def kernels(self, name: str) -> KernelList:
         return listed(self.resources, self.resources.live(name))
@@ -312,6 +322,7 @@ class Engine:
         return {
             CALIBRATE_JOB: partial(run_calibrate_job, self.resources),
             KERNEL_JOB: partial(run_kernel_job, self.resources),
+            REENCODE_JOB: partial(run_reencode_job, self.resources),
         }
 
     def seal(self) -> None:
@@ -320,8 +331,11 @@ class Engine:
             self.resources.seal_if_due(live)
 
     def housekeep(self) -> None:
-        """Remove originals that nothing names any more, and operations that ended a week ago."""
+        """Remove originals that nothing names any more, drafts of operations that have ended, and operations that ended
+        a week ago.
+        """
         self.blobs.remove_unreferenced(self.repository.blob_hashes_in_use)
+        self.repository.remove_drafts()
         self.repository.remove_ended_jobs()
 
     def check_ready(self) -> None:

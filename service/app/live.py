@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from service.app.absent import AbsentEncoder
 from service.app.gate_schemas import CalibrationInfo, CalibrationRecord, CalibrationState
 from service.app.schemas import CollectionConfig, SpaceConfig
 from service.bank import Bank, Layout, Rows, SpaceLayout
 from service.core.similarity import Blocks, Kernel
 from service.encoders.corruption import DEFAULT_CORRUPTIONS, Corruption
 from service.encoders.protocol import Decoder, Encoder
-from service.errors import EncoderMismatch, InvalidRequest
+from service.errors import EngramError, InvalidRequest
 from service.storage.repository import Collection
 
 if TYPE_CHECKING:
@@ -47,23 +48,31 @@ class Space:
     def weight(self) -> float:
         return self.config.weight
 
+    @property
+    def fault(self) -> EngramError | None:
+        """Why the encoder cannot be used, if it cannot."""
+        return self.encoder.refusal() if isinstance(self.encoder, AbsentEncoder) else None
+
 
 MakeEncoder = Callable[[str, Mapping[str, object]], Encoder]
 
 
-def make_spaces(config: CollectionConfig, make_encoder: MakeEncoder) -> dict[str, Space]:
-    """The configured spaces with their encoders made. Raises `InvalidRequest` where an encoder cannot read its
-    source.
+def make_space(name: str, config: SpaceConfig, make_encoder: MakeEncoder) -> Space:
+    """The space with its encoder made. Raises `InvalidRequest` where that cannot read the space's source, and what
+    making it raises.
     """
-    spaces = {}
-    for name, space in config.spaces.items():
-        encoder = None if space.encoder is None else make_encoder(space.encoder, space.options)
-        if encoder is not None and space.source not in encoder.takes:
-            raise InvalidRequest(f"space {name}: the encoder {space.encoder} does not read {space.source}s")
-        dimension = encoder.dimension if encoder is not None else space.dimension
-        assert dimension is not None  # SpaceConfig holds one or the other
-        spaces[name] = Space(name, space, dimension, encoder)
-    return spaces
+    if config.encoder is None:
+        assert config.dimension is not None  # SpaceConfig holds one or the other
+        return Space(name, config, config.dimension, None)
+    encoder = make_encoder(config.encoder, config.options)
+    if config.source not in encoder.takes:
+        raise InvalidRequest(f"space {name}: the encoder {config.encoder} does not read {config.source}s")
+    return Space(name, config, encoder.dimension, encoder)
+
+
+def make_spaces(config: CollectionConfig, make_encoder: MakeEncoder) -> dict[str, Space]:
+    """The configured spaces, as `make_space`."""
+    return {name: make_space(name, space, make_encoder) for name, space in config.spaces.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +154,17 @@ class LiveCollection:
         self.bank.write(rows, deletes, version)
         self.changed_rows += len(deletes) + (0 if rows is None else len(rows.ids))
         self.last_write_s = time.monotonic()
+
+    @property
+    def faulty(self) -> bool:
+        """Whether a space's encoder cannot be used: its patterns wait for being encoded again."""
+        return any(space.fault is not None for space in self.spaces.values())
+
+    def require(self, spaces: Iterable[str]) -> None:
+        """Raises why the encoder of one of these spaces cannot be used (`EncoderMismatch`, `WeightsMissing`, ...)."""
+        for name in spaces:
+            if (fault := self.spaces[name].fault) is not None:
+                raise fault
 
     def wait_writable(self) -> None:
         """Before a write: wait while a re-encoding catches up for good. It only helps that to end; what keeps former
@@ -234,14 +254,3 @@ def _decoder(spaces: Mapping[str, Space]) -> tuple[str, Decoder] | None:
     """The first space whose latents can be drawn, and what draws them."""
     encoders: dict[str, object] = {space.name: space.encoder for space in spaces.values()}
     return next(((name, encoder) for name, encoder in encoders.items() if isinstance(encoder, Decoder)), None)
-
-
-def check_fingerprints(name: str, spaces: Mapping[str, Space], stored: Mapping[str, str | None]) -> None:
-    """Refuse patterns of another encoder. Raises `EncoderMismatch`, naming both."""
-    for space in spaces.values():
-        fingerprint = space.encoder.fingerprint if space.encoder else None
-        if stored.get(space.name) != fingerprint:
-            raise EncoderMismatch(
-                f"space {space.name} of {name} holds patterns of {stored.get(space.name)}, but its encoder is now "
-                f"{fingerprint}; install the former encoder, or store the originals again in a new collection"
-            )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from service.app.live import LiveCollection
 from service.app.memory_schemas import (
@@ -62,20 +62,26 @@ def delete(resources: Resources, live: LiveCollection, request: DeleteRequest) -
     clause = request.filter.clause()
     if request.dry_run:
         return _deleted(repository.ids_where(live.id, clause))
-    deleted = repository.delete_where(live.id, clause, lambda some: live.follow(None, some.ids, some.version))
+    deleted = repository.delete_where(live.id, clause, _follow(resources, live))
     if deleted.ids:
-        resources.after_write(live)
+        resources.after_write(resources.live_by_id(live.id))
     return _deleted(deleted)
 
 
 def delete_ids(resources: Resources, live: LiveCollection, ids: Sequence[str]) -> DeleteReply:
     """Ids that are not there are left out of the answer."""
-    deleted = resources.repository.delete_memories(
-        live.id, ids, then=lambda deleted: live.follow(None, deleted.ids, deleted.version)
-    )
+    deleted = resources.repository.delete_memories(live.id, ids, _follow(resources, live))
     if deleted.ids:
-        resources.after_write(live)
+        resources.after_write(resources.live_by_id(live.id))
     return _deleted(deleted)
+
+
+def _follow(resources: Resources, live: LiveCollection) -> Callable[[Deleted], None]:
+    """Tells the bank of a delete. It is the collection's of when that is committed: `live` may be of former encoders by
+    then.
+    """
+    live.wait_writable()
+    return lambda deleted: resources.live_by_id(live.id).follow(None, deleted.ids, deleted.version)
 
 
 def _deleted(deleted: Deleted) -> DeleteReply:

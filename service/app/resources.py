@@ -24,6 +24,7 @@ log = structlog.get_logger()
 
 CALIBRATE_JOB = "calibrate"
 KERNEL_JOB = "kernel"
+REENCODE_JOB = "reencode"
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class Resources:
 
     def calibrate_if_due(self, live: LiveCollection) -> None:
         with self._calibrating:
-            if live.calibration_job is None and live.calibration_state() in ("pending", "stale"):
+            if live.calibration_job is None and not live.faulty and live.calibration_state() in ("pending", "stale"):
                 job_id, done = self.enqueue(CALIBRATE_JOB, live.id)
                 live.calibration_job = None if done.done() else job_id
 

@@ -139,6 +139,11 @@ class CollectionConfig(Request):
         return self
 
 
+class Problem(Reply):
+    code: str
+    detail: str
+
+
 class SpaceInfo(Reply):
     encoder: str | None
     fingerprint: str | None
@@ -147,6 +152,9 @@ class SpaceInfo(Reply):
     similarity: Similarity
     weight: float
     decodable: bool
+    problem: Problem | None = Field(
+        default=None, description="why its encoder cannot be used; what needs the space is refused until it can"
+    )
 
 
 class CollectionInfo(Reply):
@@ -194,11 +202,6 @@ class StoreRequest(Request):
     )
     wait: bool = True
     timeout_s: float = Field(default=30, gt=0, le=600)
-
-
-class Problem(Reply):
-    code: str
-    detail: str
 
 
 class ProblemDetails(Reply):

@@ -35,7 +35,7 @@ from service.app.resources import Resources
 from service.app.schemas import MemoryInput, Problem, StoredItem, StoreReply, StoreRequest
 from service.bank import Rows
 from service.encoders.picture import media_type, read_picture
-from service.encoders.protocol import Picture
+from service.encoders.protocol import Picture, Source
 from service.errors import EmptyText, EncodersChanged, EngramError, InvalidRequest
 from service.storage.jobs import ItemAnswer, JobItem, JobItems, NewItem
 from service.storage.memories import MemoryWrite, Written
@@ -82,7 +82,13 @@ class Arriving:
 
 
 def accept(resources: Resources, live: LiveCollection, request: StoreRequest) -> Accepted:
-    """Check every item; commit those that only bring vectors, and a job for the rest."""
+    """Check every item; commit those that only bring vectors, and a job for the rest.
+
+    Raises why a space's encoder cannot be used, where an item needs it (`EncoderMismatch`, `WeightsMissing`).
+    """
+    for space in live.spaces.values():
+        if space.fault is not None and any(_given(raw, space.config.source) for raw in request.memories):
+            live.require([space.name])
     results: list[StoredItem] = []
     ready: list[tuple[int, _Item]] = []
     queued: list[tuple[int, _Item]] = []
@@ -140,7 +146,7 @@ def reply(resources: Resources, accepted: Accepted) -> StoreReply:
 def arriving(resources: Resources, collection_id: int, job_id: str, item: JobItem) -> Arriving:
     """A job's item with what is known of it: its picture is not decoded yet, and never has to be if `pixels` is 0.
 
-    Raises `CollectionNotFound`.
+    Raises `CollectionNotFound`, and why the encoder of a space that the item needs cannot be used.
     """
     live, body = resources.live_by_id(collection_id), item.body
     vectors = {
@@ -149,6 +155,7 @@ def arriving(resources: Resources, collection_id: int, job_id: str, item: JobIte
     has_picture = body["blob_hash"] is not None
     parts = Parts(None, body["text"], vectors, content=body["blob_hash"])
     wanted = memory_wants(live, parts, has_picture)
+    live.require(wanted)
     resources.encoded.look_up(parts, wanted)
     decoded = any(
         source == "image" and (encoder.fingerprint, source) not in parts.known for encoder, source in wanted.values()
@@ -250,6 +257,11 @@ def _commit_ready(
 def _absent(dimension: int) -> NDArray[np.float32]:
     """The block of a memory that lacks the space."""
     return np.zeros(dimension, dtype=np.float32)
+
+
+def _given(raw: object, source: Source) -> bool:
+    """Whether a memory of a request, not checked yet, brings an image or a text."""
+    return (raw.get(source) if isinstance(raw, dict) else getattr(raw, source, None)) is not None
 
 
 def _check(resources: Resources, live: LiveCollection, raw: object) -> _Item:

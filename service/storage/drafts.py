@@ -97,10 +97,12 @@ class Drafts:
             query = _undrafted(collection_id, drafted, source).where(memories.c.id.in_(ids)).order_by(memories.c.key)
             return [Original(*row) for row in connection.execute(query)]
 
-    def count_drafts(self, job_id: str) -> int:
+    def count_drafts(self, job_id: str, encoded: bool = False) -> int:
+        """How many drafts a job has; with `encoded` those that have a vector."""
+        key = select(jobs.c.key).where(jobs.c.id == job_id).scalar_subquery()
         with self._database.read() as connection:
-            query = select(func.count()).select_from(pattern_drafts).where(_d.job_key == _key_of(job_id))
-            return connection.execute(query).scalar_one()
+            query = select(func.count()).select_from(pattern_drafts).where(_d.job_key == key)
+            return connection.execute(query.where(_d.vector.is_not(None)) if encoded else query).scalar_one()
 
     def pattern_dimension(self, collection_id: int, space: str) -> int | None:
         """The dimension of the patterns stored in a space; None where there are none."""
@@ -113,18 +115,18 @@ class Drafts:
         with self._database.read() as connection:
             return connection.execute(query).scalar()
 
-    def blobs_of(self, collection_id: int, space: str, chunk: int = 4096) -> Iterator[tuple[str, str | None]]:
-        """The id and the original's hash of each memory that has a pattern in the space, in order."""
+    def iter_origins(self, collection_id: int, space: str, chunk: int = 4096) -> Iterator[tuple[str, bool, str | None]]:
+        """The id of each memory that has a pattern in the space, whether it has a text, and its original's hash."""
         query = (
-            select(memories.c.id, memories.c.blob_hash)
+            select(memories.c.id, memories.c.text.is_not(None), memories.c.blob_hash)
             .join(patterns)
             .where(memories.c.collection_id == collection_id, patterns.c.space == space)
             .order_by(memories.c.key)
             .execution_options(yield_per=chunk)
         )
         with self._database.read() as connection:
-            for row in connection.execute(query):
-                yield row.id, row.blob_hash
+            for id_, has_text, blob_hash in connection.execute(query):
+                yield id_, bool(has_text), blob_hash
 
     def count_originals(self, collection_id: int, source: Literal["image", "text"]) -> int:
         """How many memories have what a space of this source is made from."""
@@ -200,7 +202,8 @@ class Drafts:
             connection.execute(delete(patterns).where(patterns.c.space == space, patterns.c.memory_key.in_(ours)))
             fresh = (
                 select(_d.memory_key, literal(space), literal("f4"), _d.dimension, _d.vector)
-                .join(memories, drafted.of_memory(pattern_drafts))
+                .select_from(memories)
+                .join(pattern_drafts, drafted.of_memory(pattern_drafts))
                 .where(memories.c.collection_id == collection_id, _d.vector.is_not(None))
             )
             columns = ["memory_key", "space", "dtype", "dimension", "vector"]
@@ -241,10 +244,6 @@ class Drafts:
             pass
 
 
-def _key_of(job_id: str) -> Any:
-    return select(jobs.c.key).where(jobs.c.id == job_id).scalar_subquery()
-
-
 def _original(source: Literal["image", "text"]) -> Any:
     return memories.c.blob_hash if source == "image" else memories.c.text
 
@@ -254,6 +253,7 @@ def _undrafted(collection_id: int, drafted: Drafted, source: Literal["image", "t
     is_made = exists().where(patterns.c.memory_key == c.key, patterns.c.space == drafted.space)
     return (
         select(c.key, c.id, c.version, c.text, c.blob_hash)
+        .select_from(memories)
         .outerjoin(pattern_drafts, drafted.of_memory(pattern_drafts))
         .where(c.collection_id == collection_id, _d.memory_key.is_(None), or_(_original(source).is_not(None), is_made))
     )
@@ -263,6 +263,7 @@ def _lost(collection_id: int, drafted: Drafted) -> Any:
     made = (patterns.c.memory_key == memories.c.key) & (patterns.c.space == drafted.space)
     return (
         select(memories.c.key, memories.c.id, _d.lost)
+        .select_from(memories)
         .join(pattern_drafts, drafted.of_memory(pattern_drafts))
         .join(patterns, made)
         .where(memories.c.collection_id == collection_id, _d.vector.is_(None))
@@ -274,6 +275,7 @@ def _delete_bare(connection: Connection, collection_id: int, drafted: Drafted) -
     some = exists().where(patterns.c.memory_key == memories.c.key)
     query = (
         select(memories.c.key, memories.c.id)
+        .select_from(memories)
         .join(pattern_drafts, drafted.of_memory(pattern_drafts))
         .where(memories.c.collection_id == collection_id, _d.vector.is_(None), ~some)
     )

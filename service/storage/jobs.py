@@ -3,7 +3,7 @@
 Life of a job (every other change of status is refused or ignored, as the method says):
 
     queued ──claim──▶ running ──finish──▶ done
-      │                │  ▲  └──fail────▶ failed
+      │                │  ▲  └──fail────▶ failed ──requeue──▶ queued
       │                │  └─claim, once its lease has run out; after ATTEMPTS_MAX of them ──▶ dead
       └────cancel──────┴─────────────────▶ cancelled
 
@@ -23,7 +23,7 @@ Rules:
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
 from itertools import takewhile
@@ -234,6 +234,22 @@ class Jobs:
         """The job cannot be done; `error` is {"code", "detail"}. False (and nothing changes) if it no longer runs."""
         return self._writer.submit(lambda connection: end_job(connection, id_, "failed", error=error))
 
+    def requeue(self, collection_id: int, kind: str, codes: Collection[str]) -> int:
+        """Queue a collection's jobs of this kind again that failed with one of these codes; their number."""
+        c = jobs.c
+        ended = (c.collection_id == collection_id) & (c.kind == kind) & (c.status == "failed")
+        again = update(jobs).where(c.key == bindparam("this"), c.status == "failed")
+        again = again.values(status="queued", error=None, attempts=0, updated_at=datetime.now(UTC))
+
+        def run(connection: Connection) -> int:
+            failed = connection.execute(select(c.key, c.error).where(ended))
+            keys = [key for key, error in failed if error is not None and error["code"] in codes]
+            if keys:
+                connection.execute(again, [{"this": key} for key in keys])
+            return len(keys)
+
+        return self._writer.submit(run)
+
     def cancel(self, id_: str) -> Job:
         """Cancel a job that is queued or running; one cancelled before stays so. What it has already done is kept.
 
@@ -253,6 +269,13 @@ class Jobs:
         """Raises `OperationNotFound`."""
         with self._database.read() as connection:
             return _get(connection, id_)
+
+    def active_job(self, collection_id: int, kind: str) -> str | None:
+        """A job of this kind that is queued or runs; None if there is none."""
+        c = jobs.c
+        active = (c.collection_id == collection_id) & (c.kind == kind) & c.status.not_in(ENDED)
+        with self._database.read() as connection:
+            return connection.execute(select(c.id).where(active).limit(1)).scalar()
 
     def list_jobs(self, limit: int) -> list[Job]:
         """The `limit` jobs queued last, the newest first."""

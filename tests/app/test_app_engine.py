@@ -18,7 +18,6 @@ from service.app.engine import Engine
 from service.app.schemas import CollectionConfig, RecallRequest, StoreRequest, TrainRequest
 from service.errors import (
     CollectionNotFound,
-    EncoderMismatch,
     EngramError,
     InvalidRequest,
     InvalidVector,
@@ -289,10 +288,11 @@ def test_a_collection_that_cannot_be_loaded_does_not_hold_up_the_others(tmp_path
         make(engine, "changed", spaces={"image": {"encoder": "pixels"}})
         row = next(r for r in engine.repository.list_collections() if r.name == "changed")
         engine.repository.delete_collection("changed")
-        engine.repository.create_collection("changed", {**row.config, "fingerprints": {"image": "another"}})
+        config = {**row.config["config"], "recall": {"separation": "of a later version"}}
+        engine.repository.create_collection("changed", {**row.config, "config": config})
     with Engine(Settings(data=tmp_path)) as engine:
         assert engine.collection("sound").count == 0
-        with pytest.raises(EncoderMismatch):
+        with pytest.raises(InvalidRequest, match="none that this version knows"):
             engine.collection("changed")
         engine.delete_collection("changed")
         with pytest.raises(CollectionNotFound):
