@@ -34,7 +34,7 @@ from rich.progress import (
 from rich.table import Table
 
 from engram import diagnose as diagnosis
-from engram import training
+from engram import encoders_command, training
 from engram.client import Client, Collection
 from engram.files import ENDINGS, caption_of, find_pictures, read_captions
 from engram.replies import CollectionInfo, Recall, StoreReply
@@ -274,6 +274,9 @@ def demo(
     from engram.demo.run import run  # brings the demo's packages
 
     run(output, data or output / "memories", port, leave)
+
+
+encoders_command.register(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

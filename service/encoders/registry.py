@@ -50,6 +50,12 @@ def _latents(name: str) -> tuple[type[BaseModel], _Build]:
     return latents.LatentOptions, lambda options, threads, device: latents.make(name, options, device=device)
 
 
+def _dvae() -> tuple[type[BaseModel], _Build]:
+    from service.encoders.dvae import DVAEOptions, dvae
+
+    return DVAEOptions, lambda options, threads, device: dvae(options, device=device)
+
+
 def _open_clip() -> tuple[type[BaseModel], _Build]:
     from service.encoders.clip import OpenClip, OpenClipOptions
 
@@ -63,6 +69,7 @@ _TABLE: dict[str, Callable[[], tuple[type[BaseModel], _Build]]] = {
     "vq": partial(_latents, "vq"),
     "kl": partial(_latents, "kl"),
     "tiny": partial(_latents, "tiny"),
+    "dvae": _dvae,
 }
 
 

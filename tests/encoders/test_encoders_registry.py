@@ -17,7 +17,7 @@ from service.errors import DeviceMissing, InvalidRequest, OutOfMemory, UnknownEn
 
 
 def test_names_are_what_there_is() -> None:
-    assert registry.names() == ("pixels", "bridge", "open_clip", "vq", "kl", "tiny")
+    assert registry.names() == ("pixels", "bridge", "open_clip", "vq", "kl", "tiny", "dvae")
 
 
 def test_an_encoder_is_made_once_for_the_same_options() -> None:
