@@ -168,6 +168,10 @@ class FolderInUse(Conflict):
     code, title = "folder_in_use", "Another process owns this data folder"
 
 
+class DatabaseInUse(Conflict):
+    code, title = "database_in_use", "Another server has this database open"
+
+
 # --- the server cannot do it now --------------------------------------------------------------------------------------
 
 

@@ -22,6 +22,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     data: Path = Field(default=Path("memories"), description="the data folder")
+    database_url: SecretStr | None = Field(
+        default=None, description="postgresql://user:password@host/name; absent: SQLite in the data folder"
+    )
     host: str = Field(default="127.0.0.1", description="the address to listen on")
     port: int = Field(default=8000, ge=0, le=65535, description="the port to listen on; 0 takes a free one")
     api_key: SecretStr | None = Field(default=None, description="the admin key; needed beyond loopback")

@@ -6,14 +6,16 @@ from alembic import op
 revision = "0001"
 down_revision = None
 
+NUMBER = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+
 
 def upgrade() -> None:
     op.create_table(
         "collections",
-        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("id", NUMBER, primary_key=True),
         sa.Column("name", sa.Text, nullable=False),
         sa.Column("config", sa.LargeBinary, nullable=False),
-        sa.Column("version", sa.Integer, nullable=False),
+        sa.Column("version", NUMBER, nullable=False),
         sa.Column("created_at", sa.DateTime, nullable=False),
         sa.UniqueConstraint("name", name="uq_collections_name"),
         sqlite_autoincrement=True,
@@ -21,14 +23,14 @@ def upgrade() -> None:
     op.create_table(
         "name_versions",
         sa.Column("name", sa.Text, primary_key=True),
-        sa.Column("version", sa.Integer, nullable=False),
+        sa.Column("version", NUMBER, nullable=False),
     )
     op.create_table(
         "memories",
-        sa.Column("key", sa.Integer, primary_key=True),
-        sa.Column("collection_id", sa.Integer, nullable=False),
+        sa.Column("key", NUMBER, primary_key=True),
+        sa.Column("collection_id", NUMBER, nullable=False),
         sa.Column("id", sa.Text, nullable=False),
-        sa.Column("version", sa.Integer, nullable=False),
+        sa.Column("version", NUMBER, nullable=False),
         sa.Column("text", sa.Text),
         sa.Column("payload", sa.LargeBinary),
         sa.Column("blob_hash", sa.String(64)),
@@ -45,7 +47,7 @@ def upgrade() -> None:
     op.create_index("ix_memories_blob", "memories", ["blob_hash"])
     op.create_table(
         "patterns",
-        sa.Column("memory_key", sa.Integer, nullable=False),
+        sa.Column("memory_key", NUMBER, nullable=False),
         sa.Column("space", sa.Text, nullable=False),
         sa.Column("dtype", sa.String(2), nullable=False),
         sa.Column("dimension", sa.Integer, nullable=False),
@@ -56,7 +58,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "gates",
-        sa.Column("collection_id", sa.Integer, nullable=False),
+        sa.Column("collection_id", NUMBER, nullable=False),
         sa.Column("modality", sa.Text, nullable=False),
         sa.Column("record", sa.LargeBinary, nullable=False),
         sa.Column("created_at", sa.DateTime, nullable=False),
@@ -65,9 +67,9 @@ def upgrade() -> None:
     )
     op.create_table(
         "jobs",
-        sa.Column("key", sa.Integer, primary_key=True),
+        sa.Column("key", NUMBER, primary_key=True),
         sa.Column("id", sa.String(36), nullable=False),
-        sa.Column("collection_id", sa.Integer),
+        sa.Column("collection_id", NUMBER),
         sa.Column("kind", sa.Text, nullable=False),
         sa.Column("status", sa.Text, nullable=False),
         sa.Column("progress", sa.Float, nullable=False),
@@ -90,7 +92,7 @@ def upgrade() -> None:
     op.create_index("ix_jobs_collection", "jobs", ["collection_id"])
     op.create_table(
         "job_items",
-        sa.Column("job_key", sa.Integer, nullable=False),
+        sa.Column("job_key", NUMBER, nullable=False),
         sa.Column("position", sa.Integer, nullable=False),
         sa.Column("body", sa.LargeBinary, nullable=False),
         sa.Column("blob_hash", sa.String(64)),
@@ -101,3 +103,5 @@ def upgrade() -> None:
         sa.CheckConstraint("status IN ('queued', 'done', 'failed')", name="ck_job_items_status"),
     )
     op.create_index("ix_job_items_blob", "job_items", ["blob_hash"])
+    if op.get_bind().dialect.name == "postgresql":  # floats hardly compress: trying to costs more than it saves
+        op.execute("ALTER TABLE patterns ALTER COLUMN vector SET STORAGE EXTERNAL")

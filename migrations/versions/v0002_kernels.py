@@ -6,12 +6,14 @@ from alembic import op
 revision = "0002"
 down_revision = "0001"
 
+NUMBER = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+
 
 def upgrade() -> None:
     op.create_table(
         "kernels",
-        sa.Column("key", sa.Integer, primary_key=True),
-        sa.Column("collection_id", sa.Integer, nullable=False),
+        sa.Column("key", NUMBER, primary_key=True),
+        sa.Column("collection_id", NUMBER, nullable=False),
         sa.Column("space", sa.Text, nullable=False),
         sa.Column("number", sa.Integer, nullable=False),
         sa.Column("objective", sa.Text, nullable=False),

@@ -98,7 +98,8 @@ class Engine:
         with ExitStack() as opened:  # whatever was opened is closed again if the next thing fails
             self.folder = DataFolder.open(settings.data)
             opened.callback(self.folder.close)
-            database = Database.open(self.folder.database_path)
+            url = settings.database_url
+            database = Database.open(self.folder.database_path if url is None else url.get_secret_value())
             opened.callback(database.close)
             writer = Writer(database)
             opened.callback(writer.close)

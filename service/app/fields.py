@@ -98,7 +98,15 @@ def _check_id(value: str) -> str:
 
 
 MemoryId = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_check_id)]
-Text = Annotated[str, Field(max_length=TEXT_MAX)]
+
+
+def _check_text(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("a text has no NUL character: PostgreSQL keeps none")
+    return value
+
+
+Text = Annotated[str, Field(max_length=TEXT_MAX), AfterValidator(_check_text)]
 Payload = dict[str, Any]
 
 

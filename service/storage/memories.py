@@ -10,8 +10,8 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -293,11 +293,12 @@ class Memories:
             .execution_options(yield_per=chunk)
         )
 
-        def chunks(connection: Connection) -> Iterator[PatternChunk]:
-            for part in connection.execute(rows).partitions():
-                ids, payloads, *vectors = map(list, zip(*part, strict=True))
-                named = zip(spaces, vectors, strict=True)
-                yield PatternChunk(ids, {space: _from_bytes(each, size) for (space, size), each in named}, payloads)
+        def chunks(connection: Connection) -> Generator[PatternChunk, None, None]:
+            with connection.execute(rows) as result:  # closed, too, where the stream is left early
+                for part in result.partitions():
+                    ids, payloads, *vectors = map(list, zip(*part, strict=True))
+                    named = zip(spaces, vectors, strict=True)
+                    yield PatternChunk(ids, {space: _from_bytes(each, size) for (space, size), each in named}, payloads)
 
         with self._database.read() as connection:
             version = connection.execute(
@@ -308,7 +309,8 @@ class Memories:
             count = connection.execute(
                 select(func.count()).where(memories.c.collection_id == collection_id)
             ).scalar_one()
-            yield PatternStream(version, count, chunks(connection))
+            with closing(chunks(connection)) as stream:
+                yield PatternStream(version, count, stream)
 
     def blob_hashes_in_use(self, hashes: Sequence[str]) -> set[str]:
         """Those of `hashes` that a memory, or an item of a job, still names."""

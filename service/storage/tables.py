@@ -16,6 +16,7 @@ from typing import Any
 
 import orjson
 from sqlalchemy import (
+    BigInteger,
     CheckConstraint,
     Column,
     DateTime,
@@ -61,15 +62,18 @@ class Time(TypeDecorator[datetime]):
         return None if value is None else value.replace(tzinfo=UTC)
 
 
+Number = BigInteger().with_variant(Integer, "sqlite")
+"""A number that only grows: of a row, or a version. SQLite's integers are as large as they need to be."""
+
 metadata = MetaData()
 
 collections = Table(
     "collections",
     metadata,
-    Column("id", Integer, primary_key=True),
+    Column("id", Number, primary_key=True),
     Column("name", Text, nullable=False),
     Column("config", Json, nullable=False),
-    Column("version", Integer, nullable=False),  # the number of its last write
+    Column("version", Number, nullable=False),  # the number of its last write
     Column("created_at", Time, nullable=False),
     Column("generation", Integer, nullable=False, server_default="0"),  # how often an encoder of it has changed
     UniqueConstraint("name", name="uq_collections_name"),
@@ -80,18 +84,18 @@ name_versions = Table(  # where the sequence of a deleted collection's name stop
     "name_versions",
     metadata,
     Column("name", Text, primary_key=True),
-    Column("version", Integer, nullable=False),
+    Column("version", Number, nullable=False),
 )
 
 memories = Table(
     "memories",
     metadata,
-    Column("key", Integer, primary_key=True),
+    Column("key", Number, primary_key=True),
     Column(
         "collection_id", ForeignKey("collections.id", name="fk_memories_collection", ondelete="CASCADE"), nullable=False
     ),
     Column("id", Text, nullable=False),
-    Column("version", Integer, nullable=False),
+    Column("version", Number, nullable=False),
     Column("text", Text),
     Column("payload", Json),
     Column("blob_hash", String(64)),
@@ -151,7 +155,7 @@ gates = Table(
 kernels = Table(
     "kernels",
     metadata,
-    Column("key", Integer, primary_key=True),
+    Column("key", Number, primary_key=True),
     Column(
         "collection_id", ForeignKey("collections.id", name="fk_kernels_collection", ondelete="CASCADE"), nullable=False
     ),
@@ -177,7 +181,7 @@ kernels = Table(
 jobs = Table(
     "jobs",
     metadata,
-    Column("key", Integer, primary_key=True),  # the order in which jobs were queued
+    Column("key", Number, primary_key=True),  # the order in which jobs were queued
     Column("id", String(36), nullable=False),
     Column("collection_id", ForeignKey("collections.id", name="fk_jobs_collection", ondelete="CASCADE")),
     Column("kind", Text, nullable=False),

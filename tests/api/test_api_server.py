@@ -164,12 +164,16 @@ def test_a_restart_gives_the_same_answers(serve: Serve, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kill", range(KILLS))
-def test_what_was_acknowledged_survives_kill_9(serve: Serve, tmp_path: Path, kill: int) -> None:
+def test_what_was_acknowledged_survives_kill_9(
+    serve: Serve, tmp_path: Path, new_database: Callable[[Path], Path | str], kill: int
+) -> None:
     """Killed in the middle of storing 2,000 digits: every acknowledged one is there after the restart, and answers."""
     spaces = {"image": {"encoder": "pixels", "options": {"size": 8, "colour": False}}}
     acknowledged: list[str] = []
     promised: list[str] = []  # accepted without waiting: on disk, encoded later
-    with serve(tmp_path) as server:
+    where = new_database(tmp_path)
+    environment = {} if isinstance(where, Path) else {"ENGRAM_DATABASE_URL": where}
+    with serve(tmp_path, **environment) as server:
         server.http.put("/v1/collections/d", json={"spaces": spaces}).raise_for_status()
 
         def store(worker: int) -> None:
@@ -198,7 +202,7 @@ def test_what_was_acknowledged_survives_kill_9(serve: Serve, tmp_path: Path, kil
     assert acknowledged
     assert promised
     assert len(acknowledged) + len(promised) < DIGITS, "the server was killed too late to show anything"
-    with serve(tmp_path) as server:
+    with serve(tmp_path, **environment) as server:
         wanted = set(acknowledged) | set(promised)
         deadline = time.monotonic() + 60
         while server.http.post("/v1/collections/d/memories/count").json()["count"] < len(wanted):

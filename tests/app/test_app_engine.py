@@ -41,8 +41,15 @@ def png(seed: int, size: int = 24) -> bytes:
 
 
 @pytest.fixture
-def engine(tmp_path: Path) -> Iterator[Engine]:
-    with Engine(Settings(data=tmp_path / "memories")) as opened, running(opened):
+def settings(tmp_path: Path, new_database: Callable[[Path], Path | str]) -> Settings:
+    """Of an engine on either database."""
+    where = new_database(tmp_path / "memories")
+    return Settings(data=tmp_path / "memories", database_url=where if isinstance(where, str) else None)
+
+
+@pytest.fixture
+def engine(settings: Settings) -> Iterator[Engine]:
+    with Engine(settings) as opened, running(opened):
         yield opened
 
 
@@ -238,8 +245,8 @@ def test_a_delete_that_fails_leaves_the_collection(engine: Engine, monkeypatch: 
         engine.collection("c")
 
 
-def test_deleting_a_collection_tells_those_who_wait_for_its_jobs(tmp_path: Path) -> None:
-    with Engine(Settings(data=tmp_path)) as engine:  # no workers: the job stays queued
+def test_deleting_a_collection_tells_those_who_wait_for_its_jobs(settings: Settings) -> None:
+    with Engine(settings) as engine:  # no workers: the job stays queued
         make(engine, spaces={"image": {"encoder": "pixels"}})
         accepted = engine.accept("c", StoreRequest(memories=[{"image": {"base64": png(1)}}]))
         assert accepted.done is not None
@@ -248,8 +255,8 @@ def test_deleting_a_collection_tells_those_who_wait_for_its_jobs(tmp_path: Path)
         assert accepted.done.done()
 
 
-def test_a_cancelled_calibration_is_asked_for_again(tmp_path: Path) -> None:
-    with Engine(Settings(data=tmp_path)) as engine:
+def test_a_cancelled_calibration_is_asked_for_again(settings: Settings) -> None:
+    with Engine(settings) as engine:
         make(engine)
         store(engine, rows(ROWS[:60]))
         (job,) = engine.operations().operations
@@ -282,15 +289,15 @@ def test_what_a_job_stored_before_it_failed_is_told(engine: Engine, monkeypatch:
     assert engine.count("c").count == stored
 
 
-def test_a_collection_that_cannot_be_loaded_does_not_hold_up_the_others(tmp_path: Path) -> None:
-    with Engine(Settings(data=tmp_path)) as engine:
+def test_a_collection_that_cannot_be_loaded_does_not_hold_up_the_others(settings: Settings) -> None:
+    with Engine(settings) as engine:
         make(engine, "sound")
         make(engine, "changed", spaces={"image": {"encoder": "pixels"}})
         row = next(r for r in engine.repository.list_collections() if r.name == "changed")
         engine.repository.delete_collection("changed")
         config = {**row.config["config"], "recall": {"separation": "of a later version"}}
         engine.repository.create_collection("changed", {**row.config, "config": config})
-    with Engine(Settings(data=tmp_path)) as engine:
+    with Engine(settings) as engine:
         assert engine.collection("sound").count == 0
         with pytest.raises(InvalidRequest, match="none that this version knows"):
             engine.collection("changed")
@@ -299,19 +306,19 @@ def test_a_collection_that_cannot_be_loaded_does_not_hold_up_the_others(tmp_path
             engine.collection("changed")
 
 
-def test_a_folder_that_cannot_be_opened_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_opened_leaves_nothing_behind(tmp_path: Path, settings: Settings) -> None:
     import threading
 
     (tmp_path / "engram.db").write_bytes(b"this is no database" * 100)
     before = threading.active_count()
     for _ in range(3):
         with pytest.raises(EngramError):
-            Engine(Settings(data=tmp_path))
+            Engine(settings)
     assert threading.active_count() == before
 
 
-def test_a_closed_engine_lets_its_banks_go(tmp_path: Path) -> None:
-    with Engine(Settings(data=tmp_path)) as engine, running(engine):
+def test_a_closed_engine_lets_its_banks_go(settings: Settings) -> None:
+    with Engine(settings) as engine, running(engine):
         make(engine)
         store(engine, rows(ROWS))
         ask(engine, {"vectors": {"v": ROWS[0]}})

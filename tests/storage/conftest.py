@@ -1,4 +1,4 @@
-"""Storage under test: real folders, real SQLite, real processes."""
+"""Storage under test: real folders, real SQLite and PostgreSQL, real processes."""
 
 from __future__ import annotations
 
@@ -35,21 +35,25 @@ class Storage:
         self.folder.close()
 
 
-def open_storage(path: Path) -> Storage:
-    folder = DataFolder.open(path)
-    database = Database.open(folder.database_path)
-    writer = Writer(database)
-    return Storage(folder, database, writer, Repository(database, writer), Blobs(folder.blobs_path))
+Opener = Callable[[Path], Storage]
 
 
 @pytest.fixture(scope="session")
-def opener() -> Callable[[Path], Storage]:
+def opener(new_database: Callable[[Path], Path | str]) -> Opener:
+    """Opens the storage in a folder, on either database; the same folder again is the same storage again."""
+
+    def open_storage(path: Path) -> Storage:
+        folder = DataFolder.open(path)
+        database = Database.open(new_database(path))
+        writer = Writer(database)
+        return Storage(folder, database, writer, Repository(database, writer), Blobs(folder.blobs_path))
+
     return open_storage
 
 
 @pytest.fixture
-def storage(tmp_path: Path) -> Iterator[Storage]:
-    opened = open_storage(tmp_path / "data")
+def storage(tmp_path: Path, opener: Opener) -> Iterator[Storage]:
+    opened = opener(tmp_path / "data")
     yield opened
     opened.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from service.storage.writer import Writer
 
 folder = DataFolder.open(sys.argv[1])
 life = sys.argv[2]
-database = Database.open(folder.database_path)
+database = Database.open(folder.database_path if sys.argv[3] == "sqlite" else sys.argv[3])
 repository, blobs = Repository(database, Writer(database)), Blobs(folder.blobs_path)
 collection = repository.get_collection("c")
 
@@ -48,13 +49,15 @@ threading.Event().wait()
 """
 
 
-def test_acknowledged_memories_survive_kills(tmp_path, opener, spawn):
+def test_acknowledged_memories_survive_kills(tmp_path, opener, new_database, spawn):
+    where = new_database(tmp_path / "data")
+    on_sqlite = isinstance(where, Path)
     storage = opener(tmp_path / "data")
     storage.repository.create_collection("c", {})
     storage.close()
     acknowledged: dict[str, int] = {}
     for life in range(KILLS):
-        child = spawn(STORE, tmp_path / "data", life)
+        child = spawn(STORE, tmp_path / "data", life, "sqlite" if on_sqlite else where)
         first = child.stdout.readline()
         time.sleep(random.uniform(0, 0.2))
         child.kill()
@@ -73,12 +76,14 @@ def test_acknowledged_memories_survive_kills(tmp_path, opener, spawn):
         with storage.repository.iter_patterns(collection.id, [("s", 100)]) as stream:
             rows = {id_: row for chunk in stream.chunks for id_, row in zip(chunk.ids, chunk.vectors["s"], strict=True)}
         assert all(np.array_equal(rows[id_], np.full(100, len(id_))) for id_ in acknowledged)
-        with storage.database.read() as connection:
-            assert connection.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
+        if on_sqlite:
+            with storage.database.read() as connection:
+                assert connection.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
         storage.close()
     assert len({id_.split("-")[0] for id_ in acknowledged}) == KILLS
 
 
+@pytest.mark.parametrize("new_database", ["sqlite"], indirect=True)  # the disk is the data folder's
 def test_full_disk_refuses_the_write_and_harms_nothing_stored(mount, opener):
     point = mount("size=6m")
     (point / "something else").write_bytes(bytes(2 * 2**20))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from pathlib import Path
 from shutil import copy
 from typing import Any
 
@@ -11,19 +12,23 @@ import alembic.config
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import Connection, Row, create_engine, insert, inspect, select, text
+from sqlalchemy import Connection, RootTransaction, Row, create_engine, insert, inspect, select, text
 from sqlalchemy.exc import IntegrityError
 
-from service.errors import StorageUnavailable, TooBusy
+from service.errors import DatabaseInUse, InvalidSettings, StorageUnavailable, TooBusy
 from service.storage.database import MIGRATIONS, READERS_MAX, Database
 from service.storage.tables import metadata, name_versions
 
 PRAGMAS = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
 
 
+sqlite_only = pytest.mark.parametrize("new_database", ["sqlite"], indirect=True)
+postgres_only = pytest.mark.parametrize("new_database", ["postgres"], indirect=True)
+
+
 @pytest.fixture
-def database(tmp_path):
-    opened = Database.open(tmp_path / "engram.db")
+def database(tmp_path, new_database):
+    opened = Database.open(new_database(tmp_path))
     yield opened
     opened.close()
 
@@ -53,15 +58,21 @@ def described(connection: Connection) -> dict[str, object]:
     }
 
 
-def test_migrations_make_what_the_tables_say(database):
+@sqlite_only
+def test_migrations_make_what_the_tables_say_to_the_last_check(database):
     declared = create_engine("sqlite://")
     with database.read() as migrated, declared.connect() as created:
         metadata.create_all(created)
         assert set(described(migrated)) == set(metadata.tables)
         assert described(migrated) == described(created)
+    declared.dispose()
+
+
+def test_migrations_make_what_the_tables_say(database):
+    with database.read() as migrated:
         context = MigrationContext.configure(migrated, opts={"compare_type": True})
         assert compare_metadata(context, metadata) == []
-    declared.dispose()
+        assert set(inspect(migrated).get_table_names()) == {*metadata.tables, "alembic_version"}
 
 
 def test_a_database_of_each_earlier_schema_is_upgraded_in_place(tmp_path, monkeypatch):
@@ -132,6 +143,7 @@ def _filled(connection: Connection, table: str) -> list[Row[Any]]:
     return list(connection.execute(text(f"SELECT * FROM {table}")).all())
 
 
+@sqlite_only
 def test_every_connection_is_durable_and_holds_to_foreign_keys(database):
     with ExitStack() as stack:
         for opened in [database.read(), database.read(), database.write()]:
@@ -159,14 +171,15 @@ def test_read_sees_one_state(database):
         assert names(reader) == ["later"]
 
 
-def test_reopening_keeps_everything(tmp_path):
+def test_reopening_keeps_everything(tmp_path, new_database):
     for expected in ([], ["name0"], ["name0", "name1"]):
-        database = Database.open(tmp_path / "engram.db")
+        database = Database.open(new_database(tmp_path))
         with database.write() as connection:
             assert names(connection) == expected
             connection.execute(insert(name_versions).values(name=f"name{len(expected)}", version=1))
         database.close()
-        assert [path.name for path in tmp_path.iterdir()] == ["engram.db"]  # the log was folded in
+        if isinstance(new_database(tmp_path), Path):
+            assert [path.name for path in tmp_path.iterdir()] == ["engram.db"]  # the log was folded in
 
 
 def test_path_with_odd_characters(tmp_path):
@@ -232,3 +245,70 @@ def test_more_readers_than_connections_are_told(database):
             pass
     with database.read() as connection:
         assert names(connection) == []
+
+
+@postgres_only
+def test_a_second_engine_on_one_database_is_refused(database, tmp_path, new_database):
+    with pytest.raises(DatabaseInUse):
+        Database.open(new_database(tmp_path))
+    database.close()
+    Database.open(new_database(tmp_path)).close()
+
+
+@pytest.mark.parametrize(
+    ("url", "error", "says"),
+    [
+        ("postgresql://postgres@127.0.0.1:1/postgres", StorageUnavailable, "refused"),
+        ("postgresql://postgres@127.0.0.1:5432/there_is_none", StorageUnavailable, "there_is_none"),
+        ("mysql://root@localhost/test", InvalidSettings, "begins with postgresql://"),
+        ("nonsense", InvalidSettings, "cannot be read"),
+    ],
+)
+def test_a_database_that_is_not_there_is_told(url, error, says):
+    with pytest.raises(error, match=says):
+        Database.open(url)
+
+
+@postgres_only
+def test_a_lost_connection_costs_a_read_nothing(database, tmp_path, new_database):
+    with database.read() as connection:
+        lost = connection.execute(text("SELECT pg_backend_pid()")).scalar_one()
+    terminated(new_database(tmp_path), lost)
+    with database.read() as connection:
+        assert names(connection) == []
+
+
+@postgres_only
+@pytest.mark.parametrize("stands", [True, False])
+def test_a_commit_whose_answer_is_lost_is_known_for_what_it_is(database, tmp_path, new_database, monkeypatch, stands):
+    """The connection is cut just after, or just before, the server commits."""
+    commits = RootTransaction.commit
+
+    def cut(transaction):
+        pid = transaction.connection.execute(text("SELECT pg_backend_pid()")).scalar_one()
+        if stands:
+            commits(transaction)
+        terminated(new_database(tmp_path), pid)
+        if not stands:
+            commits(transaction)
+        raise StorageUnavailable("the answer was lost")
+
+    monkeypatch.setattr(RootTransaction, "commit", cut)
+    write = insert(name_versions).values(name="a", version=1)
+    if stands:
+        with database.write() as connection:
+            connection.execute(write)
+    else:
+        with pytest.raises(StorageUnavailable), database.write() as connection:
+            connection.execute(write)
+    monkeypatch.undo()
+    with database.read() as connection:
+        assert names(connection) == (["a"] if stands else [])
+
+
+def terminated(url, pid):
+    """End a session of the server, and wait until it is gone."""
+    engine = create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": pid}).scalar_one()
+    engine.dispose()

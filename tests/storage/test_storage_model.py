@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from service.errors import CollectionExists, CollectionNotFound
 from service.storage.database import Database
 from service.storage.memories import MemoryWrite
 from service.storage.repository import Repository
+from service.storage.tables import collections, name_versions
 from service.storage.writer import Writer
 
 NAMES = st.sampled_from(["a", "b"])
@@ -22,16 +22,17 @@ SPACES = [("x", 2), ("y", 1)]
 
 
 class StorageMachine(RuleBasedStateMachine):
+    place: Path | str  # one database for all examples: making one takes longer than an example
+
     def __init__(self):
         super().__init__()
-        self.place = tempfile.TemporaryDirectory()
         self.collections: dict[str, dict[str, dict[str, list[float]]]] = {}  # name → id → space → vector, in order
         self.versions: dict[str, int] = {}
         self.writes = 0
         self.open()
 
     def open(self):
-        self.database = Database.open(Path(self.place.name) / "engram.db")
+        self.database = Database.open(self.place)
         self.writer = Writer(self.database)
         self.repository = Repository(self.database, self.writer)
 
@@ -40,8 +41,10 @@ class StorageMachine(RuleBasedStateMachine):
         self.database.close()
 
     def teardown(self):
+        with self.database.write() as connection:
+            for table in (collections, name_versions):
+                connection.execute(table.delete())
         self.close()
-        self.place.cleanup()
 
     @rule()
     def restart(self):
@@ -112,5 +115,6 @@ class StorageMachine(RuleBasedStateMachine):
             ]
 
 
-TestStorageAgainstItsModel = StorageMachine.TestCase
-TestStorageAgainstItsModel.settings = settings(stateful_step_count=12)
+def test_storage_agrees_with_its_model(new_database, tmp_path):
+    StorageMachine.place = new_database(tmp_path)
+    run_state_machine_as_test(StorageMachine, settings=settings(stateful_step_count=12))

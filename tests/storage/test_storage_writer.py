@@ -17,8 +17,8 @@ from service.storage.writer import GROUP_MAX, Writer
 
 
 @pytest.fixture
-def database(tmp_path):
-    opened = Database.open(tmp_path / "engram.db")
+def database(tmp_path, new_database):
+    opened = Database.open(new_database(tmp_path))
     yield opened
     opened.close()
 
@@ -49,7 +49,11 @@ def wait_until_queued(writer, count):
 
 
 def named(name):
-    return lambda connection: connection.execute(insert(name_versions).values(name=name, version=1)).rowcount
+    def run(connection):
+        connection.execute(insert(name_versions).values(name=name, version=1))
+        return 1
+
+    return run
 
 
 def stored(database):
@@ -107,6 +111,7 @@ def test_one_group_has_one_commit_and_undoes_only_what_failed(database, writer):
     assert stored(database) == {f"name{i}" for i in range(GROUP_MAX) if i != 3}
 
 
+@pytest.mark.parametrize("new_database", ["sqlite"], indirect=True)
 def test_write_that_finds_the_disk_full_does_not_take_its_group_along(database, writer):
     def limit(connection):
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
