@@ -6,14 +6,16 @@ from alembic import op
 revision = "0003"
 down_revision = "0002"
 
+NUMBER = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+
 
 def upgrade() -> None:
     op.add_column("collections", sa.Column("generation", sa.Integer, nullable=False, server_default="0"))
     op.create_table(
         "pattern_drafts",
-        sa.Column("job_key", sa.Integer, nullable=False),
-        sa.Column("memory_key", sa.Integer, nullable=False),
-        sa.Column("version", sa.Integer, nullable=False),
+        sa.Column("job_key", NUMBER, nullable=False),
+        sa.Column("memory_key", NUMBER, nullable=False),
+        sa.Column("version", NUMBER, nullable=False),
         sa.Column("dimension", sa.Integer),
         sa.Column("vector", sa.LargeBinary),
         sa.Column("lost", sa.Text),

@@ -127,7 +127,7 @@ pattern_drafts = Table(  # a space's patterns under another encoder, until they 
     Column(
         "memory_key", ForeignKey("memories.key", name="fk_pattern_drafts_memory", ondelete="CASCADE"), nullable=False
     ),
-    Column("version", Integer, nullable=False),  # the memory's, when it was read: a draft of another one is void
+    Column("version", Number, nullable=False),  # the memory's, when it was read: a draft of another one is void
     Column("dimension", Integer),
     Column("vector", LargeBinary),
     Column("lost", Text),  # why there is no vector

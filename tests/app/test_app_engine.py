@@ -306,10 +306,12 @@ def test_a_collection_that_cannot_be_loaded_does_not_hold_up_the_others(settings
             engine.collection("changed")
 
 
-def test_a_folder_that_cannot_be_opened_leaves_nothing_behind(tmp_path: Path, settings: Settings) -> None:
+@pytest.mark.parametrize("new_database", ["sqlite"], indirect=True)
+def test_a_folder_that_cannot_be_opened_leaves_nothing_behind(settings: Settings) -> None:
     import threading
 
-    (tmp_path / "engram.db").write_bytes(b"this is no database" * 100)
+    settings.data.mkdir()
+    (settings.data / "engram.db").write_bytes(b"this is no database" * 100)
     before = threading.active_count()
     for _ in range(3):
         with pytest.raises(EngramError):
