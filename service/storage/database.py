@@ -41,9 +41,9 @@ class Database:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._postgres = engine.dialect.name == "postgresql"
-        self._reads = engine.execution_options(**postgres.READ) if self._postgres else engine
-        self._writes = engine if self._postgres else engine.execution_options(**sqlite.WRITE)
+        self.is_postgres = engine.dialect.name == "postgresql"
+        self._reads = engine.execution_options(**postgres.READ) if self.is_postgres else engine
+        self._writes = engine if self.is_postgres else engine.execution_options(**sqlite.WRITE)
         self._stopping = threading.Event()
         self._held = ExitStack()
 
@@ -60,7 +60,7 @@ class Database:
         else:
             database = cls(postgres.open_postgres(where, READERS_MAX, READER_WAIT_S))
         try:
-            if database._postgres:
+            if database.is_postgres:
                 database._held.enter_context(postgres.sole_use(database._engine))
             database._migrate()
         except BaseException:
@@ -81,7 +81,7 @@ class Database:
     def write(self) -> Iterator[Connection]:
         """A connection whose writes are on disk together when the block ends, or not at all if it raises."""
         with _connected(self._writes) as connection:
-            if self._postgres:
+            if self.is_postgres:
                 with postgres.surely_committed(self._engine, connection, self._stopping):
                     yield connection
             else:

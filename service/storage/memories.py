@@ -301,11 +301,7 @@ class Memories:
                     yield PatternChunk(ids, {space: _from_bytes(each, size) for (space, size), each in named}, payloads)
 
         with self._database.read() as connection:
-            version = connection.execute(
-                select(collections.c.version).where(collections.c.id == collection_id)
-            ).scalar()
-            if version is None:
-                raise CollectionNotFound("The collection was deleted.")
+            version = read_version(connection, collection_id)
             count = connection.execute(
                 select(func.count()).where(memories.c.collection_id == collection_id)
             ).scalar_one()
@@ -335,6 +331,16 @@ def lock(connection: Connection, collection_id: int) -> tuple[int, int]:
 def lock_version(connection: Connection, collection_id: int) -> int:
     """The version alone, as `lock`."""
     return lock(connection, collection_id)[0]
+
+
+def read_version(connection: Connection, collection_id: int) -> int:
+    """The collection's version as a read sees it. Raises `CollectionNotFound`."""
+    version: int | None = connection.execute(
+        select(collections.c.version).where(collections.c.id == collection_id)
+    ).scalar()
+    if version is None:
+        raise CollectionNotFound("The collection was deleted.")
+    return version
 
 
 def set_version(connection: Connection, collection_id: int, version: int) -> None:

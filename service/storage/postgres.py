@@ -119,7 +119,7 @@ def _stands(engine: Engine, number: str, stopping: threading.Event) -> bool:
         except EngramError:
             pass
         if status in ("committed", "aborted"):
-            return status == "committed"
+            return bool(status == "committed")
         if stopping.wait(ASK_AGAIN_S):
             raise StorageUnavailable("The database went away in the middle of a commit, which may stand or not.")
 
