@@ -1,10 +1,7 @@
 """The `engram` command.
 
 Rules:
-- A command reaches the memories through their owner: a server named by `--url`; else the server that has the data
-  folder open; else this process opens the folder itself.
-- A folder that this process opened is calibrated before the process ends or recalls: nobody else would do it. A
-  server does it meanwhile, and is not waited for.
+- A command reaches the memories through their owner (`opening`).
 - An error is one line, `title: detail (code)`, on standard error. Exit codes: 0 done, 1 refused or failed, 2 misused,
   130 interrupted.
 """
@@ -26,17 +23,16 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    SpinnerColumn,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
 
 from engram import diagnose as diagnosis
-from engram import encoders_command, training
+from engram import encoders_command, reencode, training
 from engram.client import Client, Collection
 from engram.files import ENDINGS, caption_of, find_pictures, read_captions
+from engram.opening import Data, Url, calibrate, open_client
 from engram.replies import CollectionInfo, Recall, StoreReply
 from service import settings
 from service.errors import (
@@ -46,27 +42,18 @@ from service.errors import (
     NotFound,
     NotWritable,
     TrainingRefused,
-    Unavailable,
 )
-from service.storage.folder import read_owner
 
 if TYPE_CHECKING:
     from service.app.engine import Engine
 
 COLOURS: dict[str | None, str] = {"known": "green", "ambiguous": "yellow", "unknown": "cyan", "uncalibrated": "magenta"}
-CALIBRATION_WAIT_S = 300.0  # a big folder's calibration takes minutes; what is left goes on with the next command
 INTERRUPTED = 130  # what a shell gives for a program that Ctrl-C ended
 ERRORS_SHOWN_MAX = 50  # rows of a table that a person reads; the count says how many there are
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 out = Console()
 
-Data = Annotated[
-    Path | None, typer.Option(help="The data folder (ENGRAM_DATA; default: memories).", show_default=False)
-]
-Url = Annotated[
-    str | None, typer.Option(envvar="ENGRAM_URL", help="A server's address, instead of a folder.", show_default=False)
-]
 Name = Annotated[str, typer.Option("--collection", help="The collection.")]
 
 
@@ -118,7 +105,7 @@ def store(
     columns = (TextColumn("storing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     progress = Progress(*columns, console=out)
     task = progress.add_task("store", total=len(files))
-    with _client(data, url) as client:
+    with open_client(data, url) as client:
         try:
             target = _made(client, collection)
             with progress:
@@ -129,7 +116,7 @@ def store(
             raise typer.Exit(INTERRUPTED) from None
         _report(collection, reply)
         if client.in_process:
-            _calibrate(target)
+            calibrate(out, target)
     if reply.errors:
         raise typer.Exit(1)
 
@@ -156,11 +143,11 @@ def recall(
         options["text"] = cue
     if mask is not None:
         options["mask"] = mask
-    with _client(data, url, must_exist=True) as client:
+    with open_client(data, url, must_exist=True) as client:
         target = client.collection(collection)
         try:
             if client.in_process:
-                _calibrate(target)
+                calibrate(out, target)
             answer = target.recall(**options)
         except CollectionNotFound as error:
             raise CollectionNotFound(f"{error.detail}; {_names(client)}") from None
@@ -174,14 +161,14 @@ def recall(
 @app.command()
 def collections(data: Data = None, url: Url = None) -> None:
     """List the collections."""
-    with _client(data, url, must_exist=True) as client:
+    with open_client(data, url, must_exist=True) as client:
         found = client.collections()
     if not found:
         out.print("There are no collections yet; make one with: engram store PATH")
         return
     table = _table("collection", "memories", "spaces", "gate", "made")
     for info in found:
-        spaces = ", ".join(f"{name} ({space['encoder'] or 'your vectors'})" for name, space in info.spaces.items())
+        spaces = ", ".join(_space(name, space) for name, space in info.spaces.items())
         table.add_row(escape(info.name), f"{info.count:,}", spaces, _gate(info), info.created_at[:16].replace("T", " "))
     out.print(table)
 
@@ -194,7 +181,7 @@ def diagnose(
     url: Url = None,
 ) -> None:
     """Say how well a collection's memories are told apart, and what holds them."""
-    with _client(data, url, must_exist=True) as client:
+    with open_client(data, url, must_exist=True) as client:
         found = client.collection(collection).diagnostics()
     if as_json:
         sys.stdout.write(diagnosis.as_json(found) + "\n")
@@ -224,9 +211,9 @@ def train(
     """Train a kernel on a collection's own memories, or calibrate its gate again."""
     given = {"space": space, "objective": objective, "time_limit_s": time_limit_s}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    with _client(data, url, must_exist=True) as client:
+    with open_client(data, url, must_exist=True) as client:
         started = client.collection(collection).train(what, **options)
-        operation = training.follow(out, client, started, what)
+        operation = training.follow(out, client, started, f"training the {what}")
     if operation.status != "done" or operation.result is None:
         error = operation.error
         raise TrainingRefused(f"the training is {operation.status}" if error is None else error.detail)
@@ -234,6 +221,9 @@ def train(
         training.show_kernel(out, operation.result)
     else:
         training.show_gate(out, operation.result["modalities"])
+
+
+app.command()(reencode.reencode)
 
 
 @app.command()
@@ -244,7 +234,7 @@ def kernels(
     url: Url = None,
 ) -> None:
     """List the kernels that were trained, and what became of them."""
-    with _client(data, url, must_exist=True) as client:
+    with open_client(data, url, must_exist=True) as client:
         target = client.collection(collection)
         if retire is not None:
             target.retire_kernel(retire)
@@ -289,21 +279,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
 
 
-def _client(data: Path | None, url: str | None, must_exist: bool = False) -> Client:
-    """A client of whoever owns the memories. `must_exist`: a command that only reads makes no folder."""
-    if url is not None and data is not None:
-        raise InvalidRequest("give either --data (a folder) or --url (a server; ENGRAM_URL counts)")
-    folder = settings.load(os.environ, data=data).data
-    if url is None:
-        owner = read_owner(folder)
-        url = owner.url if owner is not None else None
-    if url is not None:
-        return Client(url, api_key=os.environ.get("ENGRAM_API_KEY"))
-    if must_exist and not folder.is_dir():
-        raise NotFound(f"there is no data folder {folder}; name another with --data, or a server with --url")
-    return Client(path=folder)
-
-
 def _made(client: Client, name: str) -> Collection:
     try:
         client.collection(name).info()
@@ -313,17 +288,9 @@ def _made(client: Client, name: str) -> Collection:
     return client.collection(name)
 
 
-def _calibrate(collection: Collection) -> None:
-    """Wait for the calibration in this process, where one is due."""
-    if collection.info().calibration.state not in ("pending", "stale"):
-        return
-    with Progress(SpinnerColumn(), TextColumn("calibrating…"), TimeElapsedColumn(), console=out) as progress:
-        progress.add_task("calibrate", total=None)
-        try:
-            collection.wait_until_calibrated(CALIBRATION_WAIT_S)
-        except Unavailable as error:
-            progress.stop()
-            out.print(f"[yellow]{escape(error.detail)}; it goes on with the next command[/]")
+def _space(name: str, space: dict[str, Any]) -> str:
+    by = escape(space["encoder"] or "your vectors")
+    return f"{name} ({by})" if space.get("problem") is None else f"{name} ({by}, [yellow]{space['problem']['code']}[/])"
 
 
 def _gate(info: CollectionInfo) -> str:

@@ -185,6 +185,31 @@ class Collection:
             request["target_tpr"] = target_tpr
         return Operation.of(self._transport.train(self.name, request))
 
+    def reencode(
+        self,
+        space: str,
+        encoder: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        *,
+        drop_without_original: bool = False,
+        wait: bool = True,
+    ) -> Operation:
+        """Encode a space again from the kept originals, by another encoder or (None) by the configured one as it is
+        now. Until it ends, recalls and stores go by the former.
+
+        With `wait` it has ended at return, and its failure raises: `OriginalsMissing` where originals cannot be read,
+        unless `drop_without_original` lets their memories lose the space.
+        """
+        given = _given(encoder=encoder, options=None if options is None else dict(options))
+        request = given | {"drop_without_original": drop_without_original}
+        operation = Operation.of(self._transport.reencode(self.name, space, request))
+        while wait and operation.status in ("queued", "running"):
+            time.sleep(POLL_S)
+            operation = Operation.of(self._transport.get_operation(operation.id))
+        if wait:
+            operation.check()
+        return operation
+
     def get(self, memory_id: str) -> Memory:
         """Raises `MemoryNotFound`."""
         return Memory.of(self._transport.get_memory(self.name, memory_id))

@@ -19,6 +19,7 @@ from service.api.bodies import validate
 from service.app.engine import Engine
 from service.app.fields import Name, faults
 from service.app.memory_schemas import CountRequest, DeleteRequest, GetRequest, ScrollRequest
+from service.app.reencode_schemas import ReencodeRequest
 from service.app.schemas import CollectionConfig, RecallRequest, StoreRequest, TrainRequest
 from service.errors import InvalidRequest
 from service.observability import configure_logging
@@ -65,6 +66,9 @@ class LocalTransport:
 
     def train(self, name: str, request: Body) -> Body:
         return _body(self._engine.train(name, validate(TrainRequest, request)))
+
+    def reencode(self, name: str, space: str, request: Body) -> Body:
+        return _body(self._engine.reencode(name, space, validate(ReencodeRequest, request)))
 
     def list_kernels(self, name: str) -> Body:
         return _body(self._engine.kernels(name))

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from service.errors import Unavailable
+from service.errors import Conflict, EngramError, Unavailable, error_classes
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -85,6 +85,13 @@ class Operation(Reply):
     progress: float
     result: dict[str, Any] | None = None
     error: Problem | None = None
+
+    def check(self) -> None:
+        """Of one that has ended: raises why it failed, and `Conflict` where it was cancelled."""
+        if self.error is not None:
+            raise error_classes().get(self.error.code, EngramError)(self.error.detail)
+        if self.status != "done":
+            raise Conflict(f"the operation {self.id} is {self.status}")
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from engram.replies import Operation
 POLL_S = 0.3
 
 
-def follow(out: Console, client: Client, operation: Operation, what: str) -> Operation:
+def follow(out: Console, client: Client, operation: Operation, doing: str) -> Operation:
     """Show the progress until the operation has ended; Ctrl-C cancels it."""
-    columns = TextColumn(f"training the {what}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    columns = TextColumn(doing), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     try:
         with Progress(*columns, console=out) as progress:
-            task = progress.add_task("train", total=1.0)
+            task = progress.add_task(doing, total=1.0)
             while operation.status in ("queued", "running"):
                 progress.update(task, completed=operation.progress)
                 time.sleep(POLL_S)

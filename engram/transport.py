@@ -16,7 +16,7 @@ from urllib.parse import quote
 import httpx
 import orjson
 
-from service.errors import EngramError, ItemError, Unavailable
+from service.errors import EngramError, ItemError, Unavailable, error_classes
 
 Body = dict[str, Any]
 
@@ -34,6 +34,7 @@ class Transport(Protocol):
     def store(self, name: str, request: Body) -> Body: ...
     def recall(self, name: str, request: Body) -> Body: ...
     def train(self, name: str, request: Body) -> Body: ...
+    def reencode(self, name: str, space: str, request: Body) -> Body: ...
     def list_kernels(self, name: str) -> Body: ...
     def retire_kernel(self, name: str, kernel_id: str) -> None: ...
     def get_memory(self, name: str, memory_id: str) -> Body: ...
@@ -80,6 +81,9 @@ class HttpTransport:
 
     def train(self, name: str, request: Body) -> Body:
         return self._json("POST", _path("collections", name, "train"), request)
+
+    def reencode(self, name: str, space: str, request: Body) -> Body:
+        return self._json("POST", _path("collections", name, "spaces", space, "reencode"), request)
 
     def list_kernels(self, name: str) -> Body:
         return self._json("GET", _path("collections", name, "kernels"))
@@ -159,14 +163,6 @@ def error_of(response: httpx.Response) -> EngramError:
     error = EngramError(detail, errors=items, retry_after_s=retry_after_s)
     error.status, error.code, error.title = response.status_code, code, str(problem.get("title", EngramError.title))
     return error
-
-
-def error_classes() -> dict[str, type[EngramError]]:
-    """Every class of the error tree, by its code."""
-    classes: list[type[EngramError]] = [EngramError]
-    for error_class in classes:  # grows while it is walked: breadth first
-        classes += error_class.__subclasses__()
-    return {error_class.code: error_class for error_class in classes}
 
 
 def _path(*parts: str) -> str:

@@ -223,3 +223,11 @@ class NotWritable(EngramError):
 
 class InvalidSettings(EngramError):
     status, code, title = 500, "invalid_settings", "The settings are not valid"
+
+
+def error_classes() -> dict[str, type[EngramError]]:
+    """Every class of the error tree, by its code."""
+    classes: list[type[EngramError]] = [EngramError]
+    for error_class in classes:  # grows while it is walked: breadth first
+        classes += error_class.__subclasses__()
+    return {error_class.code: error_class for error_class in classes}

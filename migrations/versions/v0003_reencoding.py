@@ -29,6 +29,8 @@ def upgrade() -> None:
         ),
     )
     op.create_index("ix_pattern_drafts_memory", "pattern_drafts", ["memory_key"])
+    if op.get_bind().dialect.name == "postgresql":  # floats hardly compress: trying to costs more than it saves
+        op.execute("ALTER TABLE pattern_drafts ALTER COLUMN vector SET STORAGE EXTERNAL")
 
 
 def downgrade() -> None:

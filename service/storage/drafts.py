@@ -124,8 +124,8 @@ class Drafts:
             .order_by(memories.c.key)
             .execution_options(yield_per=chunk)
         )
-        with self._database.read() as connection:
-            for id_, has_text, blob_hash in connection.execute(query):
+        with self._database.read() as connection, connection.execute(query) as rows:
+            for id_, has_text, blob_hash in rows:
                 yield id_, bool(has_text), blob_hash
 
     def count_originals(self, collection_id: int, source: Literal["image", "text"]) -> int:

@@ -14,9 +14,9 @@ import httpx
 import pytest
 
 from engram import Client
-from engram.transport import error_classes, error_of
+from engram.transport import error_of
 from service.api.problems import as_response
-from service.errors import EngramError, FolderInUse, InvalidRequest, ItemError, Unauthorized, Unavailable
+from service.errors import EngramError, FolderInUse, InvalidRequest, ItemError, Unauthorized, Unavailable, error_classes
 
 Serving = Callable[..., AbstractContextManager[str]]
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from service.errors import CollectionExists, CollectionNotFound
+from service.errors import CollectionExists, CollectionNotFound, Conflict, EncodersChanged
 from service.storage.database import Database
-from service.storage.memories import MemoryWrite
+from service.storage.drafts import Draft, Swapped
+from service.storage.memories import Drafted, MemoryWrite
 from service.storage.repository import Repository
 from service.storage.tables import collections, name_versions
 from service.storage.writer import Writer
@@ -95,6 +97,78 @@ class StorageMachine(RuleBasedStateMachine):
         self.versions[name] += bool(existing)
         deleted = self.repository.delete_memories(self.repository.get_collection(name).id, ids)
         assert (deleted.version, deleted.ids) == (self.versions[name], existing)
+
+    @rule(
+        name=NAMES,
+        space=st.sampled_from(["x", "y"]),
+        lost=st.sets(IDS),
+        rewritten=st.lists(IDS, max_size=2),
+        deleted=st.lists(IDS, max_size=2),
+        outcome=st.sampled_from(["swap", "cancel", "behind"]),
+    )
+    def reencode(self, name, space, lost, rewritten, deleted, outcome):
+        """Every vector of a space is turned round, but those lost; some memories are written or deleted meanwhile."""
+        if name not in self.collections:
+            return
+        repository = self.repository
+        collection = repository.get_collection(name)
+        job_id = repository.enqueue("reencode", collection.id, {})
+        assert repository.claim(["reencode"], "model").id == job_id
+        drafted = Drafted(space, job_id)
+        size = dict(SPACES)[space]
+
+        def draft():
+            originals = repository.undrafted(collection.id, drafted, "image", 0, 10)
+            drafts = []
+            for original in originals:
+                vector = -np.array(self.collections[name][original.id][space], np.float32)
+                kept = (None, "lost") if original.id in lost else (vector, None)
+                drafts.append(Draft(original.key, original.version, *kept))
+            repository.put_drafts(job_id, drafts)
+            return [original.id for original in originals]
+
+        draft()
+        self.put(name, [(id_, {"x", "y"}) for id_ in rewritten] or [("1", {"y"})])
+        self.delete(name, deleted)
+        memories = self.collections[name]
+        again = draft()
+        assert {*rewritten} & {*memories} <= {*again}, "what was written since has no draft"
+        assert draft() == []
+        if outcome == "cancel":
+            repository.cancel(job_id)
+            repository.remove_drafts()
+            with pytest.raises(Conflict):
+                repository.swap_space(collection.id, drafted, self.versions[name], {}, [], {})
+            return
+        if outcome == "behind":
+            assert repository.swap_space(collection.id, drafted, self.versions[name] - 1, {}, [], {}) is None
+            repository.cancel(job_id)
+            repository.remove_drafts()
+            return
+        losing = [id_ for id_, vectors in memories.items() if id_ in lost and space in vectors]
+        assert repository.lost(collection.id, drafted, 10).count == len(losing)
+        swapped = repository.swap_space(collection.id, drafted, self.versions[name], {"name": name}, [], {"a": 1})
+        self.versions[name] += 1
+        for id_, vectors in list(memories.items()):
+            if space in vectors:
+                assert len(vectors[space]) == size
+                vectors[space] = [-value for value in vectors[space]]
+            if id_ in losing:
+                del vectors[space]
+        bare = [id_ for id_ in losing if not memories[id_]]
+        for id_ in bare:
+            del memories[id_]
+        assert swapped == Swapped(self.versions[name], bare)
+        job = repository.get_job(job_id)
+        assert (job.status, job.result) == ("done", {"a": 1, "version": self.versions[name], "deleted": len(bare)})
+        repository.remove_drafts()
+        with pytest.raises(EncodersChanged):
+            repository.put_memories(collection.id, [MemoryWrite("late")], generation=collection.generation)
+
+    @invariant()
+    def no_drafts_are_left(self):
+        with self.database.read() as connection:
+            assert connection.exec_driver_sql("SELECT count(*) FROM pattern_drafts").scalar() == 0
 
     @invariant()
     def agree(self):
