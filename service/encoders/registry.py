@@ -38,6 +38,12 @@ def _pixels() -> tuple[type[BaseModel], _Build]:
     return PixelsOptions, lambda options, threads, device: Pixels(options)
 
 
+def _codec() -> tuple[type[BaseModel], _Build]:
+    from service.encoders import codec
+
+    return codec.CodecOptions, lambda options, threads, device: codec.make(options, device=device)
+
+
 def _bridge() -> tuple[type[BaseModel], _Build]:
     from service.encoders.bridge import Bridge, BridgeOptions
 
@@ -63,6 +69,7 @@ def _open_clip() -> tuple[type[BaseModel], _Build]:
 
 
 _TABLE: dict[str, Callable[[], tuple[type[BaseModel], _Build]]] = {
+    "codec": _codec,
     "pixels": _pixels,
     "bridge": _bridge,
     "open_clip": _open_clip,

@@ -17,7 +17,7 @@ from service.errors import DeviceMissing, InvalidRequest, OutOfMemory, UnknownEn
 
 
 def test_names_are_what_there_is() -> None:
-    assert registry.names() == ("pixels", "bridge", "open_clip", "vq", "kl", "tiny", "dvae")
+    assert registry.names() == ("codec", "pixels", "bridge", "open_clip", "vq", "kl", "tiny", "dvae")
 
 
 def test_an_encoder_is_made_once_for_the_same_options() -> None:
@@ -45,7 +45,7 @@ def test_the_instances_kept_are_bounded() -> None:
 
 
 def test_an_unknown_name_lists_those_there_are() -> None:
-    with pytest.raises(UnknownEncoder, match="'clip'; there are pixels, bridge, open_clip"):
+    with pytest.raises(UnknownEncoder, match="'clip'; there are codec, pixels, bridge"):
         registry.make("clip", {})
 
 
@@ -55,6 +55,7 @@ def test_an_unknown_name_lists_those_there_are() -> None:
         ("pixels", {"sise": 32}, r"sise: .*it takes: size, colour, centre"),
         ("pixels", {"size": 3}, r"size: .*greater than or equal to 4"),
         ("pixels", {"size": 129}, r"size: .*less than or equal to 128"),
+        ("codec", {"size": 32}, r"size: .*it takes: none"),
         ("bridge", {"model": "x"}, r"model: .*it takes: none"),
         ("open_clip", {}, r"model: .*it takes: model, pretrained"),
         ("vq", {"model": "x", "precision": "int8"}, r"precision: .*'fp32', 'fp16' or 'bf16'"),
