@@ -152,6 +152,10 @@ class CollectionExists(Conflict):
     code, title = "collection_exists", "A collection of this name exists"
 
 
+class Duplicate(Conflict):
+    code, title = "duplicate", "The collection holds nearly the same memory already, and refuses duplicates"
+
+
 class EncoderMismatch(Conflict):
     code, title = "encoder_mismatch", "The collection's patterns were made by another encoder"
 

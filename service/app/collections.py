@@ -137,6 +137,7 @@ def info(live: LiveCollection) -> CollectionInfo:
     return CollectionInfo(
         name=live.name, version=view.version, count=view.count, created_at=live.created_at.isoformat(), spaces=spaces,
         recall=live.config.recall, corruptions=[c.describe() for c in live.corruptions], gate=live.config.gate,
+        duplicates=live.config.duplicates,
         calibration=live.calibration(),
         kernels=[KernelInUse(id=kernel.id, space=kernel.space) for kernel in live.learned.kernels.values()],
         indexing=live.sealing.locked() or live.bank.seal_due(), bytes=live.bank.sizes(),

@@ -133,6 +133,7 @@ class LiveCollection:
         self.corruptions: list[Corruption] = list(config.corruptions or DEFAULT_CORRUPTIONS)
         self.bank = Bank(self.layout, device=device)
         self.bank.write(None, [], row.version)  # an empty bank, too, stands at its collection's version
+        self.admission = threading.Lock()  # see duplicates.admitting
         self.described = False  # whether any memory has a caption or an original
         self.learned = Learned()
         self.learning = threading.Lock()  # held from a calibration's first look at the kernels to its end

@@ -121,6 +121,25 @@ def default_spaces() -> dict[str, SpaceConfig]:
     }
 
 
+class RefuseDuplicates(Request):
+    """Spaces, one of which is enough to refuse a memory for: `["image"]` takes no photograph twice, whatever its
+    caption.
+    """
+
+    refuse: list[Name] = Field(min_length=1, max_length=SPACES_MAX)
+
+
+def _named_duplicates(value: object, check: ValidatorFunctionWrapHandler) -> object:
+    """As `_named_separation`."""
+    try:
+        return check(value)
+    except ValidationError:
+        raise ValueError(f'is warn, refuse or {{"refuse": [spaces]}}, not {repr(value)[:60]}') from None
+
+
+Duplicates = Annotated[Literal["warn", "refuse"] | RefuseDuplicates, WrapValidator(_named_duplicates)]
+
+
 class CollectionConfig(Request):
     """PUT /v1/collections/{c}. With no spaces it gets the default ones: `image`, `joint`, `text`."""
 
@@ -130,6 +149,24 @@ class CollectionConfig(Request):
         default=None, min_length=1, max_length=32, description="how cues differ from memories; absent: mild ones"
     )
     gate: GateConfig = Field(default_factory=GateConfig)
+    duplicates: Duplicates = Field(
+        default="warn",
+        description="warn: a memory nearly the same as another, in some of its spaces or in all, is stored with a "
+        "warning; refuse: one that is nearly the same in all of them is not stored (its error is `duplicate`); "
+        "{refuse: [spaces]}: nor one that is so in any of these. To refuse, callers' own vectors are searched for as "
+        "they are stored, which takes longer than storing them",
+    )
+
+    @model_validator(mode="after")
+    def _duplicates_of_spaces(self) -> Self:
+        if self.duplicates == "warn":
+            return self
+        if any(space.similarity == "dot" for space in self.spaces.values()):
+            raise ValueError("duplicates cannot be refused under dot: the largest product is not the nearest vector")
+        named = [] if self.duplicates == "refuse" else self.duplicates.refuse
+        if unknown := [name for name in named if name not in self.spaces]:
+            raise ValueError(f"duplicates names {', '.join(unknown)}; the spaces are {', '.join(self.spaces)}")
+        return self
 
     @model_validator(mode="after")
     def _one_similarity(self) -> Self:
@@ -166,6 +203,7 @@ class CollectionInfo(Reply):
     recall: RecallDefaults
     corruptions: list[str]
     gate: GateConfig
+    duplicates: Duplicates
     calibration: CalibrationInfo
     kernels: list[KernelInUse]
     indexing: bool = Field(description="graphs are due or being built: answers are as right meanwhile, only slower")

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import orjson
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from service.app.cues import CueBlocks, check_vector, memory_wants
-from service.app.duplicates import warn_encoded, warn_equal
+from service.app.duplicates import Alike, admitting, find_equal, find_near
 from service.app.encoding import Parts, Vectors, Wanted
 from service.app.fields import PAYLOAD_BYTES_MAX, faults
 from service.app.live import LiveCollection
@@ -36,7 +36,7 @@ from service.app.schemas import MemoryInput, Problem, StoredItem, StoreReply, St
 from service.bank import Rows
 from service.encoders.picture import media_type, read_picture
 from service.encoders.protocol import Picture, Source
-from service.errors import EmptyText, EncodersChanged, EngramError, InvalidRequest
+from service.errors import Duplicate, EmptyText, EncodersChanged, EngramError, InvalidRequest
 from service.storage.jobs import ItemAnswer, JobItem, JobItems, NewItem
 from service.storage.memories import MemoryWrite, Written
 
@@ -105,12 +105,13 @@ def accept(resources: Resources, live: LiveCollection, request: StoreRequest) ->
     version = None
     if ready:
         writes = [MemoryWrite(item.id, payload=item.payload, vectors=item.vectors) for _, item in ready]
-        live, written = _commit_ready(resources, live, writes)
-        version = written.version
-        warned = warn_equal(live, [item.id for _, item in ready], [item.vectors for _, item in ready])
-        for (position, _), status, warnings in zip(ready, written.statuses, warned, strict=True):
-            results[position].status = status
-            results[position].warnings += warnings
+        version, outcomes = _commit_ready(resources, live, writes)
+        for (position, item), outcome in zip(ready, outcomes, strict=True):
+            if isinstance(outcome, EngramError):
+                results[position] = _failed(item.id, outcome)
+            else:
+                results[position].status, alike = outcome
+                results[position].warnings += alike.warnings()
     if not queued:
         return Accepted(version, results, None, None)
     images = [item.image for _, item in queued if item.image is not None]
@@ -176,28 +177,32 @@ def commit_encoded(resources: Resources, live: LiveCollection, encoded: Sequence
     in one transaction. Raises `Conflict` where a job no longer runs, `EncodersChanged` where they are to be encoded
     again; nothing of any is done then.
     """
-    writes: list[MemoryWrite] = []
-    answering: dict[str, JobItems] = {}
-    notes: list[dict[str, Any]] = []
+    answering = {each.job_id: JobItems(each.job_id, [], [], []) for each in encoded}
+    arrived: list[tuple[Arriving, MemoryWrite, list[str]]] = []
     for each in encoded:
         body, blocks = each.item.body, each.outcome
-        answer = answering.setdefault(each.job_id, JobItems(each.job_id, [], [], []))
         if not isinstance(blocks, CueBlocks):
             assert blocks is not None
-            answer.failed.append(_failure(each.item, blocks))
+            answering[each.job_id].failed.append(_failure(each.item, blocks))
             continue
         original = (body["blob_hash"], body["media_type"])
-        writes.append(MemoryWrite(body["id"], each.parts.text, body["payload"], *original, blocks.vectors))
-        notes.append({"position": body["position"], "warnings": [*body["warnings"], *blocks.warnings]})
-        answer.positions.append(each.item.position)
-        answer.notes.append(notes[-1])
-    if not writes:
-        resources.repository.answer_together({job_id: answer.failed for job_id, answer in answering.items()})
-        return
-    warned = warn_encoded(live, [write.id for write in writes], [write.vectors for write in writes])
-    for note, warnings in zip(notes, warned, strict=True):
-        note["warnings"] += warnings
-    commit(resources, live, writes, list(answering.values()))
+        write = MemoryWrite(body["id"], each.parts.text, body["payload"], *original, blocks.vectors)
+        arrived.append((each, write, [*body["warnings"], *blocks.warnings]))
+    with admitting(live):
+        writes = []
+        alikes = find_near(live, [write.id for _, write, _ in arrived], [write.vectors for _, write, _ in arrived])
+        for (each, write, warnings), alike in zip(arrived, alikes, strict=True):
+            answer = answering[each.job_id]
+            if (refusal := alike.refusal(live)) is not None:
+                answer.failed.append(_failure(each.item, refusal))
+                continue
+            writes.append(write)
+            answer.positions.append(each.item.position)
+            answer.notes.append({"position": each.item.body["position"], "warnings": [*warnings, *alike.warnings()]})
+        if writes:
+            commit(resources, live, writes, list(answering.values()))
+        else:
+            resources.repository.answer_together({job_id: answer.failed for job_id, answer in answering.items()})
 
 
 def job_result(resources: Resources, job_id: str) -> dict[str, Any]:
@@ -242,13 +247,31 @@ def commit(
     return written
 
 
+Outcome = Duplicate | tuple[Literal["stored", "updated"], Alike]
+
+
 def _commit_ready(
     resources: Resources, live: LiveCollection, writes: Sequence[MemoryWrite]
-) -> tuple[LiveCollection, Written]:
-    """Commit memories of the callers' vectors, which no encoder makes; and the collection that took them."""
+) -> tuple[int | None, list[Outcome]]:
+    """Commit memories of the callers' vectors, which no encoder makes: the version, and what became of each."""
+    ids, vectors = [write.id for write in writes], [write.vectors for write in writes]
     while True:
         try:
-            return live, commit(resources, live, writes)
+            if live.config.duplicates == "warn":
+                written = commit(resources, live, writes)
+                return written.version, list(zip(written.statuses, find_equal(live, ids, vectors), strict=True))
+            with admitting(live):
+                alikes = find_near(live, ids, vectors)
+                refusals = [alike.refusal(live) for alike in alikes]
+                taken = [write for write, refusal in zip(writes, refusals, strict=True) if refusal is None]
+                if not taken:
+                    return None, [refusal for refusal in refusals if refusal is not None]
+                written = commit(resources, live, taken)
+            statuses = iter(written.statuses)
+            return written.version, [
+                (next(statuses), alike) if refusal is None else refusal
+                for refusal, alike in zip(refusals, alikes, strict=True)
+            ]
         except EncodersChanged:
             live = resources.live_by_id(live.id)
 
