@@ -11,14 +11,16 @@ Rules:
 - Random weights are never served: the library only warns of them, here they are `WeightsMissing`.
 - The file is found before the library opens it: a pickle is refused, and tensors that the library would resize to fit
   the configuration are refused.
-- The fingerprint is made from the tensors that were loaded, the architecture as built and the preprocessing, wherever
-  they came from.
+- The fingerprint is made from the tensors that were loaded, the architecture as built, the preprocessing and the
+  tokenizer, wherever they came from.
+- A tokenizer of the Hugging Face libraries must not be called by two threads at once.
 - Half precision is the library's: weights of matrices and convolutions in half, norms in float32.
 - Importing the library takes seconds and it is an extra: it is imported when an encoder is made.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -35,7 +37,7 @@ from service.encoders.folder import PICKLES, model_folder, refuse_pickle, weight
 from service.encoders.halving import is_out_of_memory, run_batches
 from service.encoders.protocol import Encoded, Picture, Source
 from service.encoders.visible import visible_part
-from service.encoders.weights import digest, said
+from service.encoders.weights import architecture, digest, said, tokenizer_words
 from service.errors import EmptyText, WeightsMissing, WeightsRefused
 
 BATCH = 16
@@ -86,6 +88,7 @@ class OpenClip:
                 f"open_clip cannot be imported ({error}): pip install 'engram-memory[clip]'"
             ) from error
         self._precision, self._device = options.precision, torch.device(device)
+        self._tokenizing = threading.Lock()
         weights = _weights(options)
         try:
             self._model, _, self._preprocess = open_clip.create_model_and_transforms(
@@ -110,8 +113,9 @@ class OpenClip:
         self._fit = _FITS[open_clip.get_model_preprocess_cfg(self._model).get("resize_mode", "shortest")]
         self._context_length = int(self._tokenizer.context_length)
         self.dimension = self._probe(options)
-        tensors = digest(self._model.state_dict(), self._model, self._preprocess, self._context_length)
-        self.fingerprint = f"open_clip/1:{tensors}"
+        words = tokenizer_words(self._tokenizer.tokenizer) if hasattr(self._tokenizer, "tokenizer") else ""
+        parts = (architecture(self._model), self._preprocess, self._context_length, words)
+        self.fingerprint = f"open_clip/2:{digest(self._model.state_dict(), *parts)}"
 
     def encode_images(self, pictures: Sequence[Picture]) -> Encoded:
         """(batch) pictures → (batch, dimension). Raises `NothingObserved`, `OutOfMemory`, `InvalidVector`."""
@@ -152,8 +156,9 @@ class OpenClip:
             return rows
 
     def _embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        with torch.inference_mode():
+        with self._tokenizing:
             tokens = self._tokenizer(list(texts)).to(self._device)
+        with torch.inference_mode():
             rows: NDArray[np.float32] = self._model.encode_text(tokens).float().cpu().numpy()
             return rows
 
@@ -179,7 +184,8 @@ class OpenClip:
         if hasattr(self._tokenizer, "encode"):
             return len(self._tokenizer.encode(text)) + 2, 0
         tokenizer = self._tokenizer.tokenizer
-        ids = tokenizer(self._tokenizer.clean_fn(text))["input_ids"]
+        with self._tokenizing:
+            ids = tokenizer(self._tokenizer.clean_fn(text))["input_ids"]
         return len(ids), ids.count(tokenizer.unk_token_id) if tokenizer.unk_token_id is not None else 0
 
 

@@ -62,6 +62,21 @@ def _dvae() -> tuple[type[BaseModel], _Build]:
     return DVAEOptions, lambda options, threads, device: dvae(options, device=device)
 
 
+def _sentence() -> tuple[type[BaseModel], _Build]:
+    from service.encoders.sentence import SentenceOptions, sentence
+
+    return SentenceOptions, lambda options, threads, device: sentence(options, threads=threads, device=device)
+
+
+def _pixel_text() -> tuple[type[BaseModel], _Build]:
+    from service.encoders.pixel_text import PixelText, PixelTextOptions
+
+    def build(options: PixelTextOptions, threads: int, device: str) -> Encoder:
+        return PixelText(make(options.encoder, options.options, threads=threads, device=device))
+
+    return PixelTextOptions, build
+
+
 def _open_clip() -> tuple[type[BaseModel], _Build]:
     from service.encoders.clip import OpenClip, OpenClipOptions
 
@@ -77,6 +92,8 @@ _TABLE: dict[str, Callable[[], tuple[type[BaseModel], _Build]]] = {
     "kl": partial(_latents, "kl"),
     "tiny": partial(_latents, "tiny"),
     "dvae": _dvae,
+    "sentence": _sentence,
+    "pixel_text": _pixel_text,
 }
 
 

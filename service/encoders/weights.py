@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from service.errors import WeightsMissing, WeightsRefused
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 SAID_MAX = 500
 """Characters of a library's error that are shown: enough for the first tensors that differ, with their shapes."""
+
+_NOT_NUMBERS = frozenset({"training", "name_or_path"})
+"""Attributes of modules that do not decide what they compute."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,32 @@ def digest(tensors: Mapping[str, torch.Tensor], *parts: object) -> str:
         found.update(values.reshape(-1).view(torch.uint8).numpy().data)
     found.update("|".join(map(str, parts)).encode())
     return found.hexdigest()[:32]
+
+
+def architecture(model: torch.nn.Module) -> str:
+    """The model's modules by name, class and plain attributes: what its tensors' shapes do not tell, such as the
+    number of attention heads, epsilons and ways of pooling. Where it was loaded from is left out.
+    """
+    lines = []
+    for name, module in model.named_modules():
+        plain = {
+            key: value
+            for key, value in sorted(vars(module).items())
+            if isinstance(value, bool | int | float | str) and not key.startswith("_") and key not in _NOT_NUMBERS
+        }
+        lines.append(json.dumps([name, type(module).__name__, plain]))
+    return "\n".join(lines)
+
+
+def tokenizer_words(tokenizer: Any) -> str:
+    """A tokenizer of the Hugging Face libraries in words: its vocabulary and rules, without the length and padding of
+    its last call.
+    """
+    inner = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if not hasattr(inner, "to_str"):
+        return f"{type(inner).__name__}|{json.dumps(sorted(inner.get_vocab().items()))}"
+    words = json.loads(inner.to_str())
+    return json.dumps({key: value for key, value in words.items() if key not in ("truncation", "padding")})
 
 
 def said(error: BaseException) -> str:

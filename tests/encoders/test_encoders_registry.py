@@ -17,7 +17,9 @@ from service.errors import DeviceMissing, InvalidRequest, OutOfMemory, UnknownEn
 
 
 def test_names_are_what_there_is() -> None:
-    assert registry.names() == ("codec", "pixels", "bridge", "open_clip", "vq", "kl", "tiny", "dvae")
+    assert registry.names() == (
+        "codec", "pixels", "bridge", "open_clip", "vq", "kl", "tiny", "dvae", "sentence", "pixel_text",
+    )  # fmt: skip
 
 
 def test_an_encoder_is_made_once_for_the_same_options() -> None:
