@@ -112,7 +112,10 @@ def store(
                 reply = target.store(_memories(files, texts), progress=lambda count: progress.advance(task, count))
         except KeyboardInterrupt:
             stored = int(progress.tasks[task].completed)
-            out.print(f"stopped: {stored:,} of {len(files):,} stored; run the same command to go on")
+            out.print(
+                f"stopped: {stored:,} of {len(files):,} stored, and maybe more that were sent; "
+                "run the same command to go on"
+            )
             raise typer.Exit(INTERRUPTED) from None
         _report(collection, reply)
         if client.in_process:

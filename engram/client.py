@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from engram.replies import CollectionInfo, Memory, Operation, Problem, Recall, StoredItem, StoreReply
 from engram.reports import Diagnostics
+from engram.sending import Request, answered
 from engram.transport import WAIT_MAX_S, Body, HttpTransport, Transport
 from service.errors import EngramError, InvalidImage, InvalidRequest, NotFound, Unavailable
 
@@ -124,20 +125,23 @@ class Collection:
     ) -> StoreReply:
         """Store memories: `{"id"?, "image"?, "text"?, "vectors"?, "payload"?}`; an id stored again is replaced.
 
-        Sent in requests of `batch` memories; `progress` is called with the number of memories of each request when it
-        is answered. With `wait` a memory is recallable when its result is there; one still being encoded after the
-        client's `timeout_s` is "queued", and its operation is in the reply.
+        Sent in requests of `batch` memories, a few of which are under way at once; `progress` is called with the number
+        of memories of each request, in their order, once it is answered. With `wait` a memory is recallable when its
+        result is there; one still being encoded after the client's `timeout_s` is "queued", and its operation is in
+        the reply.
         """
         results: list[StoredItem] = []
         operations: list[str] = []
         version: int | None = None
-        for request in _requests(memories, batch):
-            sent = [memory for memory in request if isinstance(memory, dict)]
+
+        def send(sent: list[Body]) -> Body:
+            return self._transport.store(self.name, {"memories": sent, "wait": wait, "timeout_s": self._timeout_s})
+
+        for request, reply in answered(_requests(memories, batch), send):
             answers: Iterator[StoredItem] = iter(())
-            if sent:
-                reply = self._transport.store(self.name, {"memories": sent, "wait": wait, "timeout_s": self._timeout_s})
+            if reply is not None:
                 answers = map(StoredItem.of, reply["results"])
-                version = reply["version"] if reply["version"] is not None else version
+                version = max((v for v in (version, reply["version"]) if v is not None), default=None)
                 operations += [reply["operation_id"]] if reply.get("operation_id") else []
             results += [next(answers) if isinstance(memory, dict) else memory for memory in request]
             if progress is not None:
@@ -294,11 +298,11 @@ class Collection:
         return [Recall.of({**result, **shared}) for result in reply["results"]]
 
 
-def _requests(memories: Iterable[Mapping[str, Any]], count_max: int) -> Iterator[list[Body | StoredItem]]:
+def _requests(memories: Iterable[Mapping[str, Any]], count_max: int) -> Iterator[Request]:
     """Memories with their pictures read, in bounded lists; one whose picture cannot be read is its own answer."""
     if count_max < 1:
         raise InvalidRequest(f"batch is {count_max}, and must be at least 1")
-    request: list[Body | StoredItem] = []
+    request: Request = []
     size_bytes = 0
     for memory in memories:
         item: Body | StoredItem

@@ -6,8 +6,9 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 
 from service.settings import Settings
 
@@ -34,8 +35,8 @@ def serve(
     background: Callable[..., AbstractContextManager[None]],
     started: Callable[[str], None],
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C. `background(engine)` runs the jobs; `started(url)` is called once requests are
-    answered.
+    """Serve until SIGTERM or Ctrl-C. `background(engine)` runs the jobs; `started(url)` is called once all requests are
+    answered: while collections are loaded, only whether the server lives and how far it is.
 
     Raises `FolderInUse`, `StorageUnavailable`, `InvalidSettings`.
     """
@@ -54,16 +55,37 @@ def serve(
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = f"http://{host}:{sock.getsockname()[1]}"
 
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            engine.folder.announce(url)
-            started(url)
+    with sock, Engine(settings, load=False) as engine, ExitStack() as work:
+        failed: list[BaseException] = []
 
-    with sock, Engine(settings) as engine, background(engine):
+        def prepare() -> None:
+            try:
+                engine.load(warm=True)
+                if engine.loading is None:
+                    work.enter_context(background(engine))
+                    engine.folder.announce(url)
+                    started(url)
+            except BaseException as error:
+                failed.append(error)
+                server.should_exit = True
+
+        preparing = threading.Thread(target=prepare, name="prepare")
+
+        class Server(uvicorn.Server):
+            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+                await super().startup(sockets)
+                preparing.start()
+
         key = settings.api_key.get_secret_value() if settings.api_key is not None else None
         app = create_app(engine, api_key=key, body_bytes_max=settings.body_bytes_max)
-        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S)
+        server = Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S))
         # uvicorn raises the signal it stopped for once more; as an exit it leaves this block, which closes the engine.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        Server(config).run(sockets=[sock])
+        try:
+            server.run(sockets=[sock])
+        finally:
+            engine.stop_loading()
+            if preparing.ident is not None:
+                preparing.join()  # before what it has entered is left
+        if failed:
+            raise failed[0]

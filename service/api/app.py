@@ -348,7 +348,9 @@ async def livez() -> dict[str, str]:
 
 @system.get("/readyz", responses={503: PROBLEM})
 async def readyz(engine: Engine_, pool: Pool_) -> dict[str, str]:
-    """Storage answers and every collection is loaded."""
+    """Every collection is loaded, its encoders have run once, and storage answers; else the detail says how far it
+    is.
+    """
     await pool.run(engine.check_ready)
     return {"status": "ready"}
 
@@ -386,6 +388,5 @@ def create_app(engine: Engine | None, *, api_key: str | None = None, body_bytes_
     problems.install(app)
     app.openapi = partial(_document, app)  # type: ignore[method-assign]
 
-    metrics = None if engine is None else engine.resources.metrics
-    app.add_middleware(Edge, metrics=metrics, api_key=api_key, body_bytes_max=body_bytes_max)
+    app.add_middleware(Edge, engine=engine, api_key=api_key, body_bytes_max=body_bytes_max)
     return app

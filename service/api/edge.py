@@ -1,4 +1,5 @@
-"""What every request passes first: its origin, its key, the size of its body; and what counts the answers.
+"""What every request passes first: its origin, its key, the size of its body, whether anything is there to answer it;
+and what counts the answers.
 
 One plain ASGI layer rather than several dependencies: it costs a request microseconds, not tenths of a millisecond.
 """
@@ -12,16 +13,17 @@ from collections.abc import Mapping
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.problems import as_response
+from service.app.engine import Engine
 from service.errors import BodyTooLarge, CrossSite, EngramError, Unauthorized
-from service.observability import Metrics
 
 GUARDED = ("/v1/", "/metrics")  # what needs the key, where one is set; the rest tells nothing about what is stored
 
 
 class Edge:
-    def __init__(self, app: ASGIApp, metrics: Metrics | None, api_key: str | None, body_bytes_max: int | None) -> None:
+    def __init__(self, app: ASGIApp, engine: Engine | None, api_key: str | None, body_bytes_max: int | None) -> None:
         self.app = app
-        self.metrics = metrics
+        self.engine = engine
+        self.metrics = None if engine is None else engine.resources.metrics
         self.bearer = None if api_key is None else b"Bearer " + api_key.encode()
         self.body_bytes_max = body_bytes_max
 
@@ -59,7 +61,7 @@ class Edge:
             raise
 
     def _check(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
-        """Raises `Unauthorized`, `CrossSite`, `BodyTooLarge`."""
+        """Raises `Unauthorized`, `CrossSite`, `BodyTooLarge`, and `Unavailable` while collections are loaded."""
         given = headers.get(b"authorization", b"")
         guarded = self.bearer is not None and scope["path"].startswith(GUARDED)
         if guarded and not hmac.compare_digest(given, self.bearer or b""):
@@ -75,6 +77,8 @@ class Edge:
         declared = headers.get(b"content-length", b"")
         if self.body_bytes_max is not None and declared.isdigit() and int(declared) > self.body_bytes_max:
             raise BodyTooLarge(f"the body has {int(declared)} bytes; send at most {self.body_bytes_max} at once")
+        if self.engine is not None and scope["path"].startswith("/v1/"):
+            self.engine.check_loaded()
 
 
 def _is_loopback(host: str) -> bool:

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from service.app.absent import AbsentEncoder, cannot_be_made, changed
 from service.app.calibrate import ROUTE_PREFIX
 from service.app.comparison import ActiveKernel
+from service.app.encoding import run_once
 from service.app.fields import faults
 from service.app.gates import Gate
 from service.app.kernel_schemas import KernelInUse
@@ -35,7 +36,7 @@ REENCODED_AT = "reencoded_at"  # in a collection's row: its version when an enco
 
 
 def create(resources: Resources, name: str, config: CollectionConfig) -> LiveCollection:
-    """Raises `CollectionExists`, `UnknownEncoder`, `WeightsMissing`, `InvalidRequest`."""
+    """Raises `CollectionExists`, `UnknownEncoder`, `WeightsMissing`, `OutOfMemory`, `InvalidRequest`."""
     spaces = make_spaces(config, resources.make_encoder)
     if config.gate.interaction != "bank" and _similarity(config) == "neg_l2":
         raise InvalidRequest(
@@ -43,6 +44,8 @@ def create(resources: Resources, name: str, config: CollectionConfig) -> LiveCol
         )
     if config.gate.when == "path" and _similarity(config) == "neg_l2":
         raise InvalidRequest("a gate along the path scores by dot product; with neg_l2 judge the cue")
+    for encoder in {space.encoder: None for space in spaces.values() if space.encoder}:
+        run_once(encoder)  # rather now than while the first memory or cue waits
     fingerprints = {name: space.encoder.fingerprint if space.encoder else None for name, space in spaces.items()}
     row = resources.repository.create_collection(
         name, {"config": config.model_dump(mode="json"), "fingerprints": fingerprints}

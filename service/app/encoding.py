@@ -113,22 +113,20 @@ def encode(
     items: Sequence[tuple[Parts, Wanted]], cache: EncodeCache | None = None
 ) -> list[tuple[Vectors, list[str]] | EngramError]:
     """Each item's vectors by space, with what was lost; or why it could not be encoded."""
-    needing: dict[Need, list[int]] = defaultdict(list)
-    encoders: dict[Need, Encoder] = {}
+    needing: dict[tuple[Encoder, Source], list[int]] = defaultdict(list)
     for i, (parts, wanted) in enumerate(items):
         if cache is not None:
             cache.look_up(parts, wanted)
         for encoder, source in set(wanted.values()):
-            need = (encoder.fingerprint, source)
-            encoders[need] = encoder
-            if need not in parts.known:
-                needing[need].append(i)
+            known = (encoder.fingerprint, source) in parts.known
+            if not known:
+                needing[encoder, source].append(i)
             if cache is not None:
-                cache.count(encoder, source, hit=need in parts.known)
+                cache.count(encoder, source, hit=known)
     failed: dict[int, EngramError] = {}
-    for need, members in needing.items():
-        rows = _run(encoders[need], need[1], [items[i][0] for i in members])
-        for i, row in zip(members, rows, strict=True):
+    for (encoder, source), members in needing.items():
+        need = (encoder.fingerprint, source)
+        for i, row in zip(members, _run(encoder, source, [items[i][0] for i in members]), strict=True):
             if isinstance(row, EngramError):
                 failed[i] = row
                 continue
@@ -144,6 +142,16 @@ def encode(
         lost = dict.fromkeys(warning for _, warnings in found.values() for warning in warnings)
         outcomes.append(({name: vector for name, (vector, _) in found.items()}, list(lost)))
     return outcomes
+
+
+def run_once(encoder: Encoder) -> None:
+    """Encode one tiny item of each kind the encoder takes: what its first run makes or loads is there afterwards."""
+    if "image" in encoder.takes:
+        pixels = np.zeros((64, 64, 3), dtype=np.uint8)
+        pixels[:, 32:] = 255  # a uniform picture may leave nothing to encode
+        encoder.encode_images([Picture(pixels)])
+    if "text" in encoder.takes:
+        encoder.encode_texts(["a photo"])
 
 
 def _run(encoder: Encoder, source: Source, parts: Sequence[Parts]) -> list[Row | EngramError]:

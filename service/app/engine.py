@@ -1,6 +1,6 @@
 """The engine: every use case behind one object, for REST, for the workers and for a client in the same process.
 
-It is opened on a data folder, which it owns until it is closed. Opening rebuilds the banks from SQL.
+It is opened on a data folder, which it owns until it is closed. Loading rebuilds the banks from SQL.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from typing import Any, Self, cast
 import structlog
 
 from service.app import collections, memories
+from service.app.absent import AbsentEncoder
 from service.app.batching import MicroBatcher
 from service.app.calibrate import run_calibrate_job
 from service.app.completion import describe
 from service.app.cues import CueBlocks, encode_cues, in_batches, read_parts
 from service.app.diagnose import diagnose
-from service.app.encoding import Parts
+from service.app.encoding import Parts, run_once
 from service.app.kernel_schemas import KernelList, TrainKernel
 from service.app.kernels import enqueue_kernel, listed, retire, run_kernel_job
 from service.app.known_cues import enqueue_training
@@ -59,7 +60,7 @@ from service.app.schemas import (
 from service.app.store import Accepted, accept, reply
 from service.encoders import registry
 from service.encoders.device import check_device
-from service.errors import ContentNotFound, EngramError, NothingObserved
+from service.errors import ContentNotFound, EngramError, NothingObserved, Unavailable
 from service.settings import Settings
 from service.storage.blobs import Blobs
 from service.storage.database import Database
@@ -91,9 +92,9 @@ class PreparedRecall:
 
 
 class Engine:
-    def __init__(self, settings: Settings) -> None:
-        """Open the data folder and load every collection. Raises `FolderInUse`, `StorageUnavailable`,
-        `DeviceMissing`.
+    def __init__(self, settings: Settings, *, load: bool = True) -> None:
+        """Open the data folder and load every collection; without `load` that is left to `load`, before which nothing
+        else is to be asked of it but `check_ready`. Raises `FolderInUse`, `StorageUnavailable`, `DeviceMissing`.
         """
         with ExitStack() as opened:  # whatever was opened is closed again if the next thing fails
             self.folder = DataFolder.open(settings.data)
@@ -109,26 +110,53 @@ class Engine:
             make_encoder = partial(registry.make, threads=settings.threads, device=device)
             self.resources = Resources(settings, self.repository, self.blobs, make_encoder)
             opened.callback(self.resources.close)
-            self._load()
+            self.loading: str | None = "opening the data folder"  # what is still done before it is ready
+            self._closing = False
+            if load:
+                self.load()
             self._recalls: MicroBatcher[tuple[LiveCollection, Resolved], CueBlocks, Recalled] = MicroBatcher(
                 "recall", self._run_recalls, batch_max=RECALL_BATCH_MAX, queue_max=RECALL_QUEUE_MAX
             )
             opened.callback(self._recalls.close)
             self._opened = opened.pop_all()
 
-    def _load(self) -> None:
+    def load(self, warm: bool = False) -> None:
         """Load every collection. One that cannot be answers its own requests with why; the others are not held up. One
         whose encoder has changed is loaded, and refuses what needs it.
+
+        `warm`: run every encoder once, so that no caller waits for what its first run takes besides. Stops half way
+        at `stop_loading`.
         """
-        for row in self.repository.list_collections():
+        rows = self.repository.list_collections()
+        for number, row in enumerate(rows, start=1):
+            self.loading = f"loading collection {number} of {len(rows)}: {row.name}"
+            if self._closing:
+                return
             try:
                 self.resources.add(collections.load(self.resources, row))
             except EngramError as error:
                 log.error("a collection could not be loaded", collection=row.name, detail=error.detail)
                 self.resources.broken[row.name] = error
+        lives = list(self.resources.lives.values())
+        made = {space.encoder: None for live in lives for space in live.spaces.values() if space.encoder}
+        encoders = [encoder for encoder in made if not isinstance(encoder, AbsentEncoder)]
+        for number, encoder in enumerate(encoders if warm else (), start=1):
+            self.loading = f"warming encoder {number} of {len(encoders)}: {encoder.name}"
+            if self._closing:
+                return
+            try:
+                run_once(encoder)
+            except EngramError as error:  # its collections still answer what needs no encoding
+                log.error("an encoder could not be run", encoder=encoder.name, detail=error.detail)
+        if self._closing:
+            return
         self.repository.release_leases()
-        for live in self.resources.lives.values():
+        for live in lives:
             self.resources.calibrate_if_due(live)
+        self.loading = None
+
+    def stop_loading(self) -> None:
+        self._closing = True
 
     def close(self) -> None:
         """Answer what waits, then let go: recalls, then background work, then storage, and the folder's lock last."""
@@ -340,5 +368,11 @@ class Engine:
         self.repository.remove_ended_jobs()
 
     def check_ready(self) -> None:
-        """Raises `Unavailable` while storage does not answer."""
+        """Raises `Unavailable` while collections are loaded, saying how far, and while storage does not answer."""
+        self.check_loaded()
         self.repository.ping()
+
+    def check_loaded(self) -> None:
+        """Raises `Unavailable`."""
+        if self.loading is not None:
+            raise Unavailable(self.loading, retry_after_s=1)
