@@ -1,0 +1,100 @@
+"""One way of bringing pictures to a model, in a process of its own: images a second and peak memory, as a line of JSON.
+
+python -m benchmarks.ingest.ways WAY FOLDER ENCODER... where WAY is
+
+- bare: the encoders called in a loop on one thread, over batches that were decoded before the clock runs;
+- in_process: files stored by `Client(path=...)`, the engine and its workers in this process;
+- over_http: files stored by `Client(url)` on a server of our own.
+
+The clock of the last two runs from the first file read to the last memory acknowledged (on disk and recallable).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+BATCH = 64
+"""Pictures that the pipeline hands to the encoders at once (service/app/cues.py, ENCODE_BATCH)."""
+
+
+def bare(files: Sequence[Path], encoders: Sequence[str]) -> dict[str, float]:
+    import torch
+
+    from service.app.encoding import run_once
+    from service.encoders import registry
+    from service.encoders.picture import read_picture
+
+    torch.set_num_threads(1)
+    models = [registry.make(name, {}) for name in encoders]
+    for model in models:
+        run_once(model)
+    seconds = 0.0
+    for start in range(0, len(files), BATCH):
+        pictures = [read_picture(file.read_bytes()) for file in files[start : start + BATCH]]
+        began = time.perf_counter()
+        for model in models:
+            model.encode_images(pictures)
+        seconds += time.perf_counter() - began
+    return {"per_s": len(files) / seconds, "peak_mb": own_peak_mb()}
+
+
+def in_process(files: Sequence[Path], encoders: Sequence[str]) -> dict[str, float]:
+    import torch
+
+    from engram import Client
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="engram-ingest-") as folder, Client(path=folder) as client:
+        per_s = stored(client, files, encoders)
+        return {"per_s": per_s, "peak_mb": own_peak_mb()}
+
+
+def over_http(files: Sequence[Path], encoders: Sequence[str]) -> dict[str, float]:
+    from benchmarks.load.server import HOST, serving
+    from engram import Client
+
+    with (
+        tempfile.TemporaryDirectory(prefix="engram-ingest-") as folder,
+        serving(Path(folder)) as (port, pid),
+        Client(f"http://{HOST}:{port}") as client,
+    ):
+        per_s = stored(client, files, encoders)
+        return {"per_s": per_s, "peak_mb": peak_mb(pid), "client_peak_mb": own_peak_mb()}
+
+
+def stored(client: Any, files: Sequence[Path], encoders: Sequence[str]) -> float:
+    """Images a second through a client, into a new collection."""
+    collection = client.create_collection("ingest", {name: {"encoder": name} for name in encoders})
+    began = time.perf_counter()
+    reply = collection.store({"id": file.name, "image": file} for file in files)
+    seconds = time.perf_counter() - began
+    statuses = {item.status for item in reply.results}
+    if statuses != {"stored"} or collection.count() != len(files):
+        raise SystemExit(f"not all was stored: {statuses}, {collection.count()} of {len(files)}")
+    return len(files) / seconds
+
+
+def own_peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def peak_mb(pid: int) -> float:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 1024
+
+
+WAYS = {"bare": bare, "in_process": in_process, "over_http": over_http}
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    found = sorted(Path(sys.argv[2]).glob("*.jpg"))
+    print(json.dumps(WAYS[sys.argv[1]](found, sys.argv[3:])))
