@@ -29,25 +29,23 @@ from rich.progress import (
 from rich.table import Table
 
 from engram import diagnose as diagnosis
-from engram import encoders_command, reencode, training
+from engram import encoders_command, recalled, reencode, training
 from engram.client import Client, Collection
 from engram.files import ENDINGS, caption_of, find_pictures, read_captions
 from engram.opening import Data, Url, calibrate, open_client
-from engram.replies import CollectionInfo, Recall, StoreReply
+from engram.replies import CollectionInfo, StoreReply
 from service import settings
 from service.errors import (
     CollectionNotFound,
     EngramError,
     InvalidRequest,
     NotFound,
-    NotWritable,
     TrainingRefused,
 )
 
 if TYPE_CHECKING:
     from service.app.engine import Engine
 
-COLOURS: dict[str | None, str] = {"known": "green", "ambiguous": "yellow", "unknown": "cyan", "uncalibrated": "magenta"}
 INTERRUPTED = 130  # what a shell gives for a program that Ctrl-C ended
 ERRORS_SHOWN_MAX = 50  # rows of a table that a person reads; the count says how many there are
 
@@ -130,14 +128,15 @@ def recall(
     collection: Name = "memories",
     limit: Annotated[int, typer.Option(help="How many matches to list.")] = 5,
     mask: Annotated[Path | None, typer.Option(help="A picture, white where the cue's is missing.")] = None,
-    save: Annotated[Path | None, typer.Option(help="Write the recalled picture to this PNG file.")] = None,
+    show: Annotated[bool, typer.Option("--show", help="Open the recalled picture beside its original.")] = False,
+    save: Annotated[Path | None, typer.Option(help="Write the recalled picture to this file (.png or .webp).")] = None,
     original: Annotated[Path | None, typer.Option(help="Write the first match's original to this file.")] = None,
     kernel: Annotated[str, typer.Option(help="auto, none, or the id of one in use (engram kernels).")] = "auto",
     data: Data = None,
     url: Url = None,
 ) -> None:
     """Recall by a sentence or by a picture."""
-    options: dict[str, Any] = {"limit": limit, "reconstruct": save is not None, "kernel": kernel}
+    options: dict[str, Any] = {"limit": limit, "kernel": kernel}
     if Path(cue).is_file():
         options["image"] = Path(cue)
     elif Path(cue).suffix.lower() in ENDINGS:
@@ -151,14 +150,19 @@ def recall(
         try:
             if client.in_process:
                 calibrate(out, target)
+            decodable = any(space["decodable"] for space in target.info().spaces.values()) if show else False
+            if save is not None or decodable:
+                options["reconstruct"] = recalled.drawing_of(save)
             answer = target.recall(**options)
         except CollectionNotFound as error:
             raise CollectionNotFound(f"{error.detail}; {_names(client)}") from None
-        _show(answer)
+        recalled.print_answer(out, answer)
         if save is not None:
-            _save(answer, save)
+            recalled.save_recalled(out, answer, save)
         if original is not None:
-            _save_original(target, answer, original)
+            recalled.save_original(out, target, answer, original)
+        if show:
+            recalled.show(out, target, answer, options.get("image"), mask)
 
 
 @app.command()
@@ -342,65 +346,6 @@ def _report(collection: str, reply: StoreReply) -> None:
             out.print(table)
             if len(rows) > ERRORS_SHOWN_MAX:
                 out.print(f"and {len(rows) - ERRORS_SHOWN_MAX:,} more")
-
-
-def _show(answer: Recall) -> None:
-    out.print(f"[bold {COLOURS[answer.verdict]}]{answer.verdict}[/]" + _because(answer))
-    for warning in answer.warnings:
-        out.print(f"[yellow]{escape(warning)}[/]")
-    compared = (
-        ""
-        if answer.recall is None
-        else {"observed_neg_l2": "−L2 of what is shown"}.get(answer.recall.compared_by, answer.recall.compared_by)
-    )
-    if answer.recall is not None and answer.recall.kernels:
-        compared = " and ".join(answer.recall.kernels)
-    table = _table("memory", "weight", f"similarity ({compared})", "payload")
-    for match in answer.matches:
-        payload = "" if match.payload is None else escape(str(match.payload))
-        table.add_row(escape(match.id), f"{match.weight:.3f}", f"{match.similarity:.3f}", payload)
-    if answer.matches:
-        out.print(table)
-    if answer.recall is not None:
-        out.print(f"energy {energies(answer.recall.energy)} ({answer.recall.outcome}, β {answer.recall.beta:.1f})")
-    out.print(" · ".join(f"{stage} {ms:.1f}" for stage, ms in answer.timings_ms.items()) + " ms", style="dim")
-
-
-def energies(values: Sequence[float | None]) -> str:
-    """The way of the energy; a dash where it is not known."""
-    return " → ".join("–" if value is None else f"{value:.4f}" for value in values) or "–"
-
-
-def _because(answer: Recall) -> str:
-    if answer.gate is None:
-        return "" if answer.matches else ": nothing is stored"  # the reply's warnings say why
-    relation = "over" if answer.gate.score > answer.gate.threshold else "not over"
-    return f": log S {answer.gate.score:.2f} is {relation} the threshold {answer.gate.threshold:.2f}"
-
-
-def _save(answer: Recall, file: Path) -> None:
-    if answer.reconstruction is None:
-        why = "an unknown cue recalls no picture" if answer.verdict == "unknown" else "what was recalled has no picture"
-        out.print(f"[yellow]nothing is written: {why}[/]")
-        return
-    _write(file, answer.reconstruction.data)
-    out.print(f"recalled picture in {escape(str(file))}")
-
-
-def _save_original(collection: Collection, answer: Recall, file: Path) -> None:
-    if not answer.matches:
-        out.print("[yellow]nothing is written: there is no match[/]")
-        return
-    first = answer.matches[0].id
-    _write(file, collection.content(first))
-    out.print(f"original of {escape(first)} in {escape(str(file))}")
-
-
-def _write(file: Path, content: bytes) -> None:
-    try:
-        file.write_bytes(content)
-    except OSError as error:
-        raise NotWritable(f"{file}: {error.strerror}") from None
 
 
 def _table(*headings: str, title: str | None = None) -> Table:

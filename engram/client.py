@@ -73,7 +73,9 @@ class Client:
             self._transport = LocalTransport(Path(path))
 
     def create_collection(self, name: str, spaces: Mapping[str, Any] | None = None, **config: Any) -> Collection:
-        """Make a collection. `spaces` absent: the default ones; `config`: the API's `corruptions`, `recall`, `gate`."""
+        """Make a collection. `spaces` absent: the default ones; `config`: the API's `corruptions`, `recall`, `gate`,
+        `duplicates`.
+        """
         given = {"spaces": spaces, **config}
         self._transport.create_collection(name, {key: value for key, value in given.items() if value is not None})
         return self.collection(name)

@@ -87,7 +87,9 @@ def _near_duplicates(out: Console, reports: dict[str, SpaceReport]) -> None:
     named: list[tuple[str, Any]] = [(name, pair) for name, r in reports.items() for pair in r.near_duplicates.pairs]
     if not named:
         return
-    table = _table("space", "memory", "and", "similarity", title="Nearly stored twice: no cue tells these apart")
+    table = _table(
+        "space", "memory", "and", "similarity", title="Nearly the same: no cue of that space alone tells these apart"
+    )
     for name, pair in named:
         table.add_row(escape(name), escape(pair.ids[0]), escape(pair.ids[1]), f"{pair.similarity:.5f}")
     out.print(table)

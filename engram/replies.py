@@ -288,3 +288,4 @@ class CollectionInfo(Reply):
     indexing: bool
     bytes: dict[str, int]
     kernels: tuple[dict[str, str], ...] = ()
+    duplicates: str | dict[str, list[str]] = "warn"

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from engram.cli import COLOURS, energies
 from engram.demo.cues import Cue, Trial
+from engram.recalled import COLOURS, energies
 from engram.replies import CollectionInfo, Recall
 
 ACCEPTED = ("known", "ambiguous")

@@ -270,6 +270,25 @@ def test_a_bad_item_is_reported_and_the_rest_are_stored(client: Client, new_name
     assert collection.count() == 2
 
 
+def test_a_collection_may_refuse_what_it_holds_already(client: Client, new_name: NewName) -> None:
+    collection = client.create_collection(new_name(), PIXELS, duplicates={"refuse": ["image"]})
+    assert collection.info().duplicates == {"refuse": ["image"]}
+    reply = collection.store([{"id": "a", "image": picture(1)}, {"id": "b", "image": picture(1)}])
+    assert [(result.id, result.error.code) for result in reply.errors if result.error] == [("b", "duplicate")]
+    assert collection.count() == 1
+
+
+def test_how_a_picture_was_fitted_is_said_when_it_is_stored_and_when_it_is_a_cue(
+    client: Client, new_name: NewName
+) -> None:
+    collection = client.create_collection(new_name(), PIXELS)
+    odd = {"dot": picture(1)[:1, :1], "strip": picture(2, 60)[:5]}
+    stored = collection.store([{"id": name, "image": image} for name, image in odd.items()])
+    for name, words, result in zip(odd, ("one pixel", "60x5"), stored.results, strict=True):
+        assert any(words in warning for warning in result.warnings), result
+        assert any(words in warning for warning in collection.recall(image=odd[name]).warnings)
+
+
 def test_many_memories_go_in_batches_and_an_id_stored_again_is_replaced(client: Client, new_name: NewName) -> None:
     collection = client.create_collection(new_name(), PIXELS)
     seen: list[int] = []

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +19,13 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from engram.cli import _gate, _save, _show, energies
+from engram import Client, Collection
+from engram.cli import _gate
 from engram.demo.cues import Cue
 from engram.demo.data import PHOTOGRAPHS
 from engram.demo.report import Shown, print_shown
 from engram.demo.run import SENTENCE, recall_line
+from engram.recalled import energies, print_answer, save_recalled, show
 from engram.replies import CollectionInfo, Recall
 
 Start = Callable[..., subprocess.Popen[str]]
@@ -73,17 +78,25 @@ def test_store_and_recall_in_a_folder_and_then_through_its_server(
         assert by_text.returncode == 0
         assert first_match(by_text.stdout) == "rocket.jpg"
         assert "uncalibrated" in by_text.stdout
+        assert PHOTOS["rocket"].caption in by_text.stdout, "a match by its caption"
 
-        saved = tmp_path / "recalled.png"
+        shown = tmp_path / "shown"
+        shown.mkdir()
+        saved = tmp_path / "recalled.webp"
         mask = tmp_path / "mask.png"
         Image.fromarray(np.array([[0, 255]], dtype=np.uint8)).save(mask)
         by_half = run_engram(
-            "recall", pictures / "flower.jpg", "--mask", mask, "--save", saved, "--limit", 1, ENGRAM_URL=url
-        )
+            "recall", pictures / "flower.jpg", "--mask", mask, "--save", saved, "--limit", 1, "--show", ENGRAM_URL=url,
+            TMPDIR=str(shown), DISPLAY="", WAYLAND_DISPLAY="",
+        )  # fmt: skip
         assert by_half.returncode == 0
         assert first_match(by_half.stdout) == "flower.jpg"
         with Image.open(saved) as recalled:
-            assert recalled.format == "PNG"
+            assert recalled.format == "WEBP"
+        [sheet] = shown.glob("engram-*.png")
+        assert f"picture in {sheet} (no screen to open it on)" in by_half.stdout
+        with Image.open(sheet) as side_by_side:
+            assert side_by_side.width > 3 * 320, "the cue, what was recalled, and its original"
 
         missing = run_engram("recall", "a rocket", "--original", tmp_path / "no" / "f.png", ENGRAM_URL=url)
         assert missing.returncode == 1
@@ -112,14 +125,67 @@ def answered(**fields: object) -> Recall:
 
 
 def test_an_unknown_cue_writes_no_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _save(answered(), tmp_path / "f.png")
+    save_recalled(Console(), answered(), tmp_path / "f.png")
     assert "nothing is written: an unknown cue recalls no picture" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
+PIXELS = {"image": {"encoder": "pixels", "options": {"size": 16}}, "v": {"dimension": 2}}
+
+
+@pytest.fixture
+def collection(local_client: Client, new_name: Callable[[], str]) -> Collection:
+    made = local_client.create_collection(new_name(), PIXELS)
+    colours = np.zeros((2, 8, 12, 3), dtype=np.uint8)
+    colours[0, :, :6], colours[1, :4] = 255, 255
+    pictured = [{"id": f"p{i}", "image": picture, "vectors": {"v": [i, 1]}} for i, picture in enumerate(colours)]
+    made.store([*pictured, {"id": "bare", "vectors": {"v": [-1, -1]}}])
+    return made
+
+
+@pytest.mark.parametrize(("code", "told"), [(0, ", opened"), (3, "(xdg-open could not open it: it ended with 3)")])
+def test_a_picture_is_opened_where_there_is_a_screen(
+    collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, told: str
+) -> None:
+    opener = tmp_path / "xdg-open"
+    opener.write_text(f'#!/bin/sh\necho "$1" > "{tmp_path}/asked"\nexit {code}\n')
+    opener.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("DISPLAY", ":9")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    console = Console(file=io.StringIO(), width=300)
+    show(console, collection, collection.recall(vectors={"v": [0, 1]}, beta=100, reconstruct=True))
+    shown = (tmp_path / "asked").read_text().strip()
+    assert console.file.getvalue().strip() == f"picture in {shown}{told if code == 0 else ' ' + told}"  # type: ignore[attr-defined]
+    with Image.open(shown) as sheet:
+        pixels = np.asarray(sheet.convert("L"))
+    tiles = pixels[80:260, 12:332], pixels[80:260, 344:664]
+    assert all(tile[:, :140].mean() > 230 and tile[:, 180:].mean() < 25 for tile in tiles), "recalled, and its original"
+
+
+def test_what_an_unknown_cue_is_near_is_shown_as_that(
+    collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    near = replace(collection.recall(vectors={"v": [0, 1]}), verdict="unknown", reconstruction=None, candidates=())
+    show(Console(width=300), collection, near)
+    assert capsys.readouterr().out.startswith("nothing was recalled; what is shown is only nearest\npicture in ")
+    show(Console(width=300), collection, collection.recall(vectors={"v": [-1, -1]}, limit=1))
+    assert capsys.readouterr().out == "nothing is shown: no match has a picture\n"
+
+
+def test_those_between_whom_a_cue_does_not_decide_are_named(
+    collection: Collection, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_answer(Console(width=300), collection.recall(vectors={"v": [0.55, 1]}, beta=1))
+    assert "the cue does not decide between p" in capsys.readouterr().out
+
+
 def test_why_there_is_no_verdict_is_what_the_reply_says(capsys: pytest.CaptureFixture[str]) -> None:
     match = {"id": "a", "weight": 1.0, "similarity": 1.0}
-    _show(answered(verdict="uncalibrated", matches=[match], warnings=["uncalibrated: too few"]))
+    print_answer(Console(), answered(verdict="uncalibrated", matches=[match], warnings=["uncalibrated: too few"]))
     assert capsys.readouterr().out.splitlines()[:2] == ["uncalibrated", "uncalibrated: too few"]
 
 
