@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from engram.replies import CollectionInfo, Memory, Operation, Problem, Recall, StoredItem, StoreReply
+from engram.replies import CollectionInfo, EncoderInfo, Memory, Operation, Problem, Recall, StoredItem, StoreReply
 from engram.reports import Diagnostics
 from engram.sending import Request, answered
 from engram.transport import WAIT_MAX_S, Body, HttpTransport, Transport
@@ -86,6 +86,10 @@ class Client:
 
     def collections(self) -> list[CollectionInfo]:
         return [CollectionInfo.of(body) for body in self._transport.list_collections()]
+
+    def encoders(self) -> list[EncoderInfo]:
+        """The encoders there are, and whether their weights are where the engine runs."""
+        return [EncoderInfo.of(body) for body in self._transport.list_encoders()]
 
     def delete_collection(self, name: str) -> None:
         self._transport.delete_collection(name)

