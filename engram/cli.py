@@ -28,8 +28,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from engram import browse, encoders_command, recalled, reencode, training
 from engram import diagnose as diagnosis
-from engram import encoders_command, recalled, reencode, training
 from engram.client import Client, Collection
 from engram.files import ENDINGS, caption_of, find_pictures, read_captions
 from engram.opening import Data, Url, calibrate, open_client
@@ -132,11 +132,14 @@ def recall(
     save: Annotated[Path | None, typer.Option(help="Write the recalled picture to this file (.png or .webp).")] = None,
     original: Annotated[Path | None, typer.Option(help="Write the first match's original to this file.")] = None,
     kernel: Annotated[str, typer.Option(help="auto, none, or the id of one in use (engram kernels).")] = "auto",
+    only: browse.Filtered = None,
     data: Data = None,
     url: Url = None,
 ) -> None:
     """Recall by a sentence or by a picture."""
     options: dict[str, Any] = {"limit": limit, "kernel": kernel}
+    if only is not None:
+        options["filter"] = browse.read_filter(only)
     if Path(cue).is_file():
         options["image"] = Path(cue)
     elif Path(cue).suffix.lower() in ENDINGS:
@@ -231,6 +234,7 @@ def train(
 
 
 app.command()(reencode.reencode)
+browse.register(app)
 
 
 @app.command()

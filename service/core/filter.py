@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import date
 
 INTEGER_MIN, INTEGER_MAX = -(2**63), 2**63 - 1
 
@@ -143,23 +143,27 @@ _MOMENT = re.compile(
     r"([0-9]{4})-([0-9]{2})-([0-9]{2})"
     r"(?:[Tt ]([0-9]{2}):([0-9]{2})(?::([0-9]{2})(?:\.([0-9]+))?)?(?:[Zz]|([+-])([0-9]{2}):([0-9]{2}))?)?"
 )
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_EPOCH_DAY = date(1970, 1, 1).toordinal()
 
 
 def moment(text: str) -> int | None:
-    """Microseconds since 1970 of an RFC 3339 date or date with time, negative before; None where it is neither."""
+    """Microseconds since 1970 of an RFC 3339 date or date with time, negative before; None where it is neither.
+
+    A leap second is the second after the 59th, as in POSIX time.
+    """
     found = _MOMENT.fullmatch(text)
     if found is None:
         return None
-    year, month, day, hour, minute, second = (int(part or 0) for part in found.groups()[:6])
-    fraction, sign, hours, minutes = found.groups()[6:]
-    if int(hours or 0) > 23 or int(minutes or 0) > 59 or second > 60:
-        return None
+    year, month, day, hour, minute, second, fraction, sign, hours, minutes = found.groups()
     try:
-        # A leap second is the second after the 59th, as in POSIX time.
-        local = datetime(year, month, day, hour, minute, min(second, 59), tzinfo=UTC)
+        seconds = 86_400 * (date(int(year), int(month), int(day)).toordinal() - _EPOCH_DAY)
     except ValueError:
         return None
-    offset = timedelta(hours=int(hours or 0), minutes=int(minutes or 0)) * (-1 if sign == "-" else 1)
-    since = (local - _EPOCH) - offset + timedelta(seconds=second // 60)
-    return since // timedelta(microseconds=1) + int((fraction or "")[:6].ljust(6, "0"))
+    if hour is not None:
+        clock = int(hour), int(minute), int(second or 0)
+        offset = int(hours or 0), int(minutes or 0)
+        if clock > (23, 59, 60) or clock[1] > 59 or clock[2] > 60 or offset > (23, 59) or offset[1] > 59:
+            return None
+        east = 3600 * offset[0] + 60 * offset[1]
+        seconds += 3600 * clock[0] + 60 * clock[1] + clock[2] + (east if sign == "-" else -east)
+    return 1_000_000 * seconds + (int(fraction[:6].ljust(6, "0")) if fraction else 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import shlex
 import signal
 import subprocess
@@ -297,3 +298,28 @@ def test_misuse_is_told_from_refusal(run_engram: Run) -> None:
     assert run_engram("recall").returncode == 2
     assert run_engram("remember", "x").returncode == 2
     assert run_engram("--help").returncode == 0
+
+
+def test_memories_are_listed_counted_and_deleted_by_a_filter(run_engram: Run, tmp_path: Path) -> None:
+    data, even = tmp_path / "memories", '{"must": [{"key": "parity", "match": "even"}]}'
+    with Client(path=data) as client:
+        made = client.create_collection("numbers", {"v": {"dimension": 2}})
+        made.store(
+            {"id": f"m{n}", "vectors": {"v": [1.0, n]}, "payload": {"parity": "odd" if n % 2 else "even"}}
+            for n in range(7)
+        )
+    at = ("--collection", "numbers", "--data", data)
+    assert run_engram("count", *at).stdout == "7\n"
+    assert run_engram("count", "--filter", even, *at).stdout == "4\n"
+    listed = run_engram("list", "--filter", even, "--limit", 2, "--json", *at)
+    assert [json.loads(line)["id"] for line in listed.stdout.splitlines()] == ["m0", "m2"]
+    assert "m5" in run_engram("list", *at).stdout
+    assert run_engram("delete", "--filter", even, "--dry-run", *at).stdout == "4 would be deleted\nm0, m2, m4, m6\n"
+    asked = run_engram("delete", "--filter", even, *at)
+    assert (asked.returncode, "Delete 4 memories" in asked.stdout) == (1, True), "nobody said yes"
+    assert run_engram("delete", "--filter", even, "--yes", *at).stdout.startswith("4 deleted")
+    assert run_engram("delete", "m1", "nobody", *at).stdout == "1 deleted\nm1\n"
+    assert run_engram("count", *at).stdout == "2\n"
+    wrong = run_engram("count", "--filter", '{"must": [{"key": "a"}]}', *at)
+    assert (wrong.returncode, "filter.must.0: " in wrong.stderr) == (1, True)
+    assert "takes JSON" in run_engram("count", "--filter", "{", *at).stderr
