@@ -40,7 +40,8 @@ from service.storage.jobs import Job
 
 log = structlog.get_logger()
 
-PIXELS_HELD = 2 * PIXELS_AT_ONCE  # a batch that is encoded and one that gathers: 200 MB of decoded pictures
+PIXELS_HELD = PIXELS_AT_ONCE  # of decoded pictures: 100 MB, and as much again waits in `Resources.decoded`
+PIXELS_ENCODED = PIXELS_HELD // 2  # of one batch, so that there is room for the next one to gather
 ITEMS_HELD = 4 * ENCODE_BATCH  # texts and vectors are small; more ahead of the model would gain nothing
 JOBS_CLAIMED_MAX = ENCODE_BATCH  # jobs of one item each that fill a batch
 DECODERS_MAX = 8  # a core decodes some 200 photographs of a megapixel a second, more than a model on the others takes
@@ -217,7 +218,7 @@ class Ingest:
             wait([first.picture])
         batch, pixels = [first], first.pixels
         with self._changed:
-            while self._gathered and len(batch) < ENCODE_BATCH and pixels < PIXELS_AT_ONCE:
+            while self._gathered and len(batch) < ENCODE_BATCH and pixels < PIXELS_ENCODED:
                 entry = self._gathered[0]
                 if entry.picture is not None and not entry.picture.done():
                     break

@@ -54,8 +54,8 @@ def report(measured: Measured, count: int, repetitions: int) -> str:
         "interleaved repetitions, each way in a process of its own. The bare model's pictures are decoded before its "
         "clock runs.",
         "",
-        "| encoders | | images a second | ÷ bare | of each repetition | peak memory MB | load average |",
-        "|---|---|--:|--:|---|--:|---|",
+        "| encoders | | images a second | ÷ bare | of each repetition | in the model | peak memory MB | load average |",
+        "|---|---|--:|--:|---|--:|--:|---|",
     ]
     for encoders in COLLECTIONS:
         bare = [found["per_s"] for found in measured[encoders, "bare"]]
@@ -63,15 +63,17 @@ def report(measured: Measured, count: int, repetitions: int) -> str:
             found = measured[encoders, way]
             per_s = [each["per_s"] for each in found]
             ratio = "" if way == "bare" else f"{median(per_s) / median(bare):.2f}"
-            each = "" if way == "bare" else ", ".join(f"{a / b:.2f}" for a, b in zip(per_s, bare, strict=True))
+            ratios = "" if way == "bare" else ", ".join(f"{a / b:.2f}" for a, b in zip(per_s, bare, strict=True))
             peak = f"{max(each['peak_mb'] for each in found):,.0f}"
             if way == "over_http":
                 peak += f" (client {max(each['client_peak_mb'] for each in found):,.0f})"
             load = ", ".join(f"{one['load']:.1f}" for one in found)
-            lines.append(
-                f"| {' + '.join(encoders)} | {name} | {median(per_s):.1f} | {ratio} | {each} | {peak} | {load} |"
-            )
+            busy = f"{median(each['busy'] for each in found):.0%}" if way == "in_process" else ""
+            cells = [" + ".join(encoders), name, f"{median(per_s):.1f}", ratio, ratios, busy, peak, load]
+            lines.append(f"| {' | '.join(cells)} |")
     lines += [
+        "",
+        "In the model: the share of the whole time that the pipeline's thread spent in the encoders' calls.",
         "",
         "Load average: the machine's over the minute before each repetition began, other programs included.",
         "",

@@ -16,6 +16,7 @@ import os
 import resource
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,11 +51,18 @@ def in_process(files: Sequence[Path], encoders: Sequence[str]) -> dict[str, floa
     import torch
 
     from engram import Client
+    from service.encoders import registry
 
     torch.set_num_threads(1)
+    seconds_in: list[float] = []
+    for name in encoders:
+        _clock(registry.make(name, {}), seconds_in)
     with tempfile.TemporaryDirectory(prefix="engram-ingest-") as folder, Client(path=folder) as client:
-        per_s = stored(client, files, encoders)
-        return {"per_s": per_s, "peak_mb": own_peak_mb()}
+        collection = client.create_collection("ingest", {name: {"encoder": name} for name in encoders})
+        seconds_in.clear()
+        per_s = stored(collection, files)
+        busy = sum(seconds_in) * per_s / len(files)
+        return {"per_s": per_s, "peak_mb": own_peak_mb(), "busy": busy}
 
 
 def over_http(files: Sequence[Path], encoders: Sequence[str]) -> dict[str, float]:
@@ -66,13 +74,13 @@ def over_http(files: Sequence[Path], encoders: Sequence[str]) -> dict[str, float
         serving(Path(folder)) as (port, pid),
         Client(f"http://{HOST}:{port}") as client,
     ):
-        per_s = stored(client, files, encoders)
+        collection = client.create_collection("ingest", {name: {"encoder": name} for name in encoders})
+        per_s = stored(collection, files)
         return {"per_s": per_s, "peak_mb": peak_mb(pid), "client_peak_mb": own_peak_mb()}
 
 
-def stored(client: Any, files: Sequence[Path], encoders: Sequence[str]) -> float:
+def stored(collection: Any, files: Sequence[Path]) -> float:
     """Images a second through a client, into a new collection."""
-    collection = client.create_collection("ingest", {name: {"encoder": name} for name in encoders})
     began = time.perf_counter()
     reply = collection.store({"id": file.name, "image": file} for file in files)
     seconds = time.perf_counter() - began
@@ -80,6 +88,21 @@ def stored(client: Any, files: Sequence[Path], encoders: Sequence[str]) -> float
     if statuses != {"stored"} or collection.count() != len(files):
         raise SystemExit(f"not all was stored: {statuses}, {collection.count()} of {len(files)}")
     return len(files) / seconds
+
+
+def _clock(model: Any, seconds_in: list[float]) -> None:
+    """Note how long each call of a model for pictures takes, in the pipeline's thread (not a calibration's)."""
+    encode = model.encode_images
+
+    def clocked(pictures: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return encode(pictures)
+        finally:
+            if threading.current_thread().name == "ingest-encode":
+                seconds_in.append(time.perf_counter() - began)
+
+    model.encode_images = clocked
 
 
 def own_peak_mb() -> float:

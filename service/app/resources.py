@@ -12,6 +12,7 @@ from typing import Any
 import structlog
 
 from service.app.encoding import EncodeCache
+from service.app.handover import Handover
 from service.app.live import LiveCollection, MakeEncoder
 from service.errors import CollectionNotFound, EngramError
 from service.observability import Metrics
@@ -41,6 +42,7 @@ class Resources:
         self.make_encoder = make_encoder
         self.metrics = Metrics()
         self.encoded = EncodeCache(settings.encode_cache_bytes, self.metrics)
+        self.decoded = Handover()
         self.metrics.encode_cache_bytes.set_function(lambda: self.encoded.bytes)
         self.lives: dict[str, LiveCollection] = {}
         self._by_id: dict[int, LiveCollection] = {}

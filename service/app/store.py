@@ -28,7 +28,7 @@ from pydantic import ValidationError
 
 from service.app.cues import CueBlocks, check_vector, memory_wants
 from service.app.duplicates import Alike, admitting, find_equal, find_near
-from service.app.encoding import Parts, Vectors, Wanted
+from service.app.encoding import Parts, Vectors, Wanted, content_of
 from service.app.fields import PAYLOAD_BYTES_MAX, faults
 from service.app.live import LiveCollection
 from service.app.resources import Resources
@@ -163,13 +163,18 @@ def arriving(resources: Resources, collection_id: int, job_id: str, item: JobIte
     )
     # A job of an earlier version does not say how large its pictures are: each goes by itself.
     pixels = body.get("pixels", resources.settings.image_pixels_max) if decoded else 0
+    if has_picture and not decoded:
+        resources.decoded.take(body["blob_hash"])
     return Arriving(job_id, live, item, parts, wanted, pixels)
 
 
 def decode(resources: Resources, arrived: Arriving) -> Picture:
     """The picture of an item. Raises the `EngramError` that says why there is none."""
-    data = resources.blobs.get(arrived.item.body["blob_hash"])
-    return read_picture(data, pixels_max=resources.settings.image_pixels_max)
+    content = arrived.item.body["blob_hash"]
+    picture = resources.decoded.take(content)
+    if picture is None:
+        picture = read_picture(resources.blobs.get(content), pixels_max=resources.settings.image_pixels_max)
+    return picture
 
 
 def commit_encoded(resources: Resources, live: LiveCollection, encoded: Sequence[Arriving]) -> None:
@@ -309,6 +314,7 @@ def _check(resources: Resources, live: LiveCollection, raw: object) -> _Item:
         image = memory.image.base64
         picture = read_picture(image, pixels_max=resources.settings.image_pixels_max)
         warnings, pixels = picture.warnings, picture.pixels[..., 0].size
+        resources.decoded.give(content_of(image), picture)
         kind = media_type(image)
     sources = {"image": image is not None, "text": memory.text is not None}
     if not vectors and not any(s.encoder is not None and sources[s.config.source] for s in live.spaces.values()):

@@ -17,6 +17,8 @@ from PIL import Image
 from prometheus_client import generate_latest
 from sqlalchemy import update
 
+from service.app import handover
+from service.app import store as store_module
 from service.app.encoding import EncodeCache, Parts
 from service.app.engine import Engine
 from service.app.live import LiveCollection, make_spaces
@@ -228,6 +230,31 @@ def test_what_a_former_encoder_has_encoded_is_encoded_again(engine: Engine, enco
     for red in range(20, 90):
         assert engine.repository.get_vectors(former.id, str(red))["m"].tolist() == [red / 2, 3.5, 4.5]
     assert engine.count("a").count == 70
+
+
+def test_a_picture_that_was_decoded_to_check_it_is_taken_once_and_none_is_kept_for_good(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Picture(np.zeros((10, 10, 3), np.uint8))
+    kept = handover.Handover(pixels_max=250)
+    for content in "abc":
+        kept.give(content, whole)
+    assert kept.take("a") is whole
+    assert (kept.take("a"), kept.take("c")) == (None, None), "a third found no room"
+    monkeypatch.setattr(handover, "STALE_S", -1.0)
+    kept.give("d", whole)
+    assert (kept.take("b"), kept.take("d")) == (None, whole)
+    opened: list[bytes] = []
+    read = store_module.read_picture
+    monkeypatch.setattr(store_module, "read_picture", lambda *g, **n: (opened.append(g[0]), read(*g, **n))[1])
+    monkeypatch.setattr(handover, "STALE_S", 60.0)
+    with running(engine):
+        assert store(engine, [memory(20), memory(21)]).results[1].status == "stored"
+        assert len(opened) == 2
+        engine.resources.decoded = handover.Handover(pixels_max=0)
+        assert store(engine, [memory(22)]).results[0].status == "stored"
+        assert len(opened) == 4
+    assert engine.count("a").count == 3
 
 
 def test_another_mask_is_another_cue(engine: Engine, encoder: Means) -> None:
