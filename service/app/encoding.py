@@ -22,8 +22,9 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
+from service.encoders.halving import is_out_of_memory
 from service.encoders.protocol import Encoder, Picture, Source
-from service.errors import EngramError
+from service.errors import EngramError, OutOfMemory
 from service.observability import Metrics
 
 log = structlog.get_logger()
@@ -165,10 +166,14 @@ def _run(encoder: Encoder, source: Source, parts: Sequence[Parts]) -> list[Row |
         return list(zip(encoded.vectors, encoded.warnings or [()] * len(parts), strict=True))
     except EngramError as error:
         failure = error
-    except Exception:
-        if len(parts) == 1:
-            log.exception("an encoder failed", encoder=encoder.name, source=source)
-        failure = EngramError(f"the encoder {encoder.name} met an error of its own; the server's log has the details")
+    except Exception as error:
+        if is_out_of_memory(error):
+            failure = OutOfMemory(f"the encoder {encoder.name} has no memory left for this item")
+        else:
+            if len(parts) == 1:
+                log.exception("an encoder failed", encoder=encoder.name, source=source)
+            detail = f"the encoder {encoder.name} met an error of its own; the server's log has the details"
+            failure = EngramError(detail)
     if len(parts) == 1:
         return [failure]
     # Not within `except`, whose traceback would keep the batch's tensors.

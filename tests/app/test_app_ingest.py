@@ -24,7 +24,6 @@ from service.app.engine import Engine
 from service.app.live import LiveCollection, make_spaces
 from service.app.schemas import CollectionConfig, RecallRequest, StoreReply, StoreRequest
 from service.encoders.protocol import Encoded, Picture, Source
-from service.errors import InvalidRequest
 from service.observability import Metrics
 from service.settings import Settings
 from service.storage import tables
@@ -54,7 +53,7 @@ class Means:
         self.batches.append(reds)
         assert self.open.wait(60)
         if BAD in reds:
-            raise InvalidRequest("this picture cannot be encoded")
+            raise MemoryError
         if BROKEN in reds:
             raise ZeroDivisionError
         return Encoded(colours, ((),) * len(pictures))
@@ -156,7 +155,7 @@ def test_a_bad_item_fails_alone_among_those_that_share_its_batch(
     results = [item for _, item in (engine.operation(job).result or {})["results"]]
     assert [item["id"] for item in results] == [str(red) for red in reds]
     errors = {item["id"]: item["error"]["code"] for item in results if item.get("error")}
-    assert errors == {str(BAD): "invalid_request", str(BROKEN): "internal", "23": "content_not_found"}
+    assert errors == {str(BAD): "out_of_memory", str(BROKEN): "internal", "23": "content_not_found"}
     assert (engine.count("a").count, engine.count("b").count) == (4, 1)
 
 
