@@ -75,8 +75,8 @@ def report(measured: Measured, count: int, repetitions: int) -> str:
         "",
         "In the model: the share of the whole time that the pipeline's thread spent in the encoders' calls.",
         "",
-        "A collection is calibrated, which runs its encoders over some hundred cues, once writes pause, or 30 s after the "
-        "first: a run that takes longer than that includes it.",
+        "A collection is calibrated, which runs its encoders over some hundred cues, once writes pause, or 30 s after "
+        "the first: a run that takes longer than that includes it.",
         "",
         "Load average: the machine's over the minute before each repetition began, other programs included.",
         "",
