@@ -59,7 +59,7 @@ NAMED_MAX = 20  # memories without an original that are named; the count says ho
 CAUGHT_UP = 64  # changed memories that are left to the moment in which writes wait: a batch
 ROUNDS_MAX = 20  # of catching up while writes go on; who stores faster than this encodes waits for the last one
 DRAFTING_SHARE = 0.8  # of the progress: what follows is loading and catching up
-WAITS_FOR_AN_ENCODER = (EncoderMismatch.code, WeightsMissing.code, UnknownEncoder.code)  # why a store job failed
+WAITS_FOR_AN_ENCODER = {EncoderMismatch.code, WeightsMissing.code, UnknownEncoder.code}  # why a store job failed
 
 
 def enqueue_reencode(resources: Resources, live: LiveCollection, name: str, request: ReencodeRequest) -> str:
@@ -107,10 +107,10 @@ def run_reencode_job(resources: Resources, job: Job, beat: Callable[[float], Non
         live.changed = None
         live.writable.set()
         resources.repository.remove_drafts()  # of a job that is done or cancelled; of one to be resumed they stay
-    live = resources.live_by_id(job.collection_id)
-    if resources.repository.requeue(live.id, STORE_JOB, WAITS_FOR_AN_ENCODER):
+    waited_for = {space.fault.code for space in live.spaces.values() if space.fault is not None}
+    if resources.repository.requeue(live.id, STORE_JOB, waited_for | WAITS_FOR_AN_ENCODER):
         resources.wake_workers()
-    resources.after_write(live)
+    resources.after_write(resources.live_by_id(live.id))
     return record
 
 
@@ -140,7 +140,8 @@ class _Reencoding:
         self._source = config.source
         self._drafted = Drafted(self._name, job.id)
         self._successor: LiveCollection | None = None
-        self._lost_some = False  # since the last look
+        self._lost_some = False  # since the last look; and ever
+        self._lost_any = False
         self._began = time.monotonic()
 
     def run(self) -> dict[str, Any]:
@@ -209,6 +210,7 @@ class _Reencoding:
         return Parts(read_picture(content, pixels_max=self._resources.settings.image_pixels_max))
 
     def _check_lost(self) -> None:
+        self._lost_any |= self._lost_some
         if self._lost_some and not self._may_drop:
             lost = self._repository.lost(self._live.id, self._drafted, NAMED_MAX)
             if lost.count:
@@ -301,8 +303,8 @@ class _Reencoding:
                 live.id, self._drafted, at, row, stored, record.model_dump(mode="json"), then
             )  # fmt: skip
             if swapped is not None:
-                record.version, record.deleted = swapped.version, len(swapped.deleted)
-                return record.model_dump(mode="json")
+                made = {"version": swapped.version, "memories": swapped.memories, "deleted": len(swapped.deleted)}
+                return record.model_copy(update=made).model_dump(mode="json")
 
     def _touches(self, modality: str) -> bool:
         """Whether a gate's or a route's record is of this space, among others."""
@@ -319,13 +321,14 @@ class _Reencoding:
         }
 
     def _record(self, gone: set[str]) -> ReencodeRecord:
-        live, lost = self._live, self._repository.lost(self._live.id, self._drafted, NAMED_MAX)
+        live, lost = self._live, Lost(0, [])
+        if self._lost_any:
+            lost = self._repository.lost(live.id, self._drafted, NAMED_MAX)
         supplied = [name for name in sorted(gone) if live.gates[name].known or live.gates[name].negatives]
         kernel = live.learned.kernels.get(self._name)
         return ReencodeRecord(
             space=self._name, encoder=self._space.config.encoder or "", fingerprint=self._fingerprint,
             former=self._former, dimension=self._space.dimension,
-            memories=self._repository.count_drafts(self._job.id, encoded=True),
             dropped=Dropped(count=lost.count, first=dict(lost.first)),
             kernels_dropped=[] if kernel is None else [kernel.id], cues_forgotten=supplied,
             seconds=round(time.monotonic() - self._began, 1),

@@ -38,7 +38,7 @@ class ReencodeRecord(Reply):
     fingerprint: str
     former: str = Field(description="the fingerprint before")
     dimension: int
-    memories: int = Field(description="memories encoded")
+    memories: int = Field(default=0, description="memories encoded")
     dropped: Dropped
     deleted: int = 0
     kernels_dropped: list[str] = Field(description="of the space: they were trained on the former patterns")

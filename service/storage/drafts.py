@@ -64,9 +64,11 @@ class Lost:
 
 @dataclass(frozen=True)
 class Swapped:
-    """The collection's version after, and the memories that were deleted since nothing was left of them."""
+    """The collection's version after, how many memories have the space, and those that were deleted since nothing was
+    left of them."""
 
     version: int
+    memories: int
     deleted: list[str]
 
 
@@ -97,12 +99,11 @@ class Drafts:
             query = _undrafted(collection_id, drafted, source).where(memories.c.id.in_(ids)).order_by(memories.c.key)
             return [Original(*row) for row in connection.execute(query)]
 
-    def count_drafts(self, job_id: str, encoded: bool = False) -> int:
-        """How many drafts a job has; with `encoded` those that have a vector."""
+    def count_drafts(self, job_id: str) -> int:
         key = select(jobs.c.key).where(jobs.c.id == job_id).scalar_subquery()
         with self._database.read() as connection:
             query = select(func.count()).select_from(pattern_drafts).where(_d.job_key == key)
-            return connection.execute(query.where(_d.vector.is_not(None)) if encoded else query).scalar_one()
+            return connection.execute(query).scalar_one()
 
     def pattern_dimension(self, collection_id: int, space: str) -> int | None:
         """The dimension of the patterns stored in a space; None where there are none."""
@@ -189,8 +190,8 @@ class Drafts:
 
         It takes a version, and a generation. A memory that is left without any pattern is deleted. The space's kernels
         are dropped, and the calibration records `gates_gone`; `config` is the collection's from then on. The job is
-        done with `result`, the version and the number deleted. `then` as in `Writer.submit`. Raises
-        `CollectionNotFound`, and `Conflict` if the job no longer runs.
+        done with `result`, the version, and the numbers of memories that have the space and are deleted. `then` as in
+        `Writer.submit`. Raises `CollectionNotFound`, and `Conflict` if the job no longer runs.
         """
         space = drafted.space
 
@@ -207,7 +208,8 @@ class Drafts:
                 .where(memories.c.collection_id == collection_id, _d.vector.is_not(None))
             )
             columns = ["memory_key", "space", "dtype", "dimension", "vector"]
-            connection.execute(insert(patterns).from_select(columns, fresh))
+            copied = insert(patterns).from_select(columns, fresh).execution_options(preserve_rowcount=True)
+            made = connection.execute(copied).rowcount
             deleted = _delete_bare(connection, collection_id, drafted)
             used = (kernels.c.collection_id == collection_id) & (kernels.c.space == space)
             connection.execute(
@@ -221,10 +223,10 @@ class Drafts:
                 .where(collections.c.id == collection_id)
                 .values(version=version + 1, generation=generation + 1, config=config)
             )
-            outcome = {**result, "version": version + 1, "deleted": len(deleted)}
+            outcome = {**result, "version": version + 1, "memories": made, "deleted": len(deleted)}
             if not end_job(connection, drafted.job_id, "done", progress=1.0, result=outcome):
                 raise Conflict(f"The operation {drafted.job_id} no longer runs.")
-            return Swapped(version + 1, deleted)
+            return Swapped(version + 1, made, deleted)
 
         return self._writer.submit(run, then)
 

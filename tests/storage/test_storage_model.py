@@ -158,9 +158,13 @@ class StorageMachine(RuleBasedStateMachine):
         bare = [id_ for id_ in losing if not memories[id_]]
         for id_ in bare:
             del memories[id_]
-        assert swapped == Swapped(self.versions[name], bare)
+        made = sum(space in vectors for vectors in memories.values())
+        assert swapped == Swapped(self.versions[name], made, bare)
         job = repository.get_job(job_id)
-        assert (job.status, job.result) == ("done", {"a": 1, "version": self.versions[name], "deleted": len(bare)})
+        assert (job.status, job.result) == (
+            "done",
+            {"a": 1, "version": swapped.version, "memories": made, "deleted": len(bare)},
+        )
         repository.remove_drafts()
         with pytest.raises(EncodersChanged):
             repository.put_memories(collection.id, [MemoryWrite("late")], generation=collection.generation)
