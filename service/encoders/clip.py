@@ -185,7 +185,7 @@ class OpenClip:
             return len(self._tokenizer.encode(text)) + 2, 0
         tokenizer = self._tokenizer.tokenizer
         with self._tokenizing:
-            ids = tokenizer(self._tokenizer.clean_fn(text))["input_ids"]
+            ids = tokenizer(self._tokenizer.clean_fn(text), verbose=False)["input_ids"]  # we tell it
         return len(ids), ids.count(tokenizer.unk_token_id) if tokenizer.unk_token_id is not None else 0
 
 

@@ -162,7 +162,7 @@ class SentenceModel(_TextsOnly):
         tokenizer = self._model.tokenizer
         if not callable(tokenizer):  # a table of words (StaticEmbedding) takes any length
             return ()
-        ids = tokenizer(self._prompt + text, truncation=False)["input_ids"]
+        ids = tokenizer(self._prompt + text, truncation=False, verbose=False)["input_ids"]  # we tell it
         unknown = ids.count(tokenizer.unk_token_id) if tokenizer.unk_token_id is not None else 0
         return text_warnings(len(ids), self._length, unknown)
 

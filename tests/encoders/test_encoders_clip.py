@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,18 @@ def test_a_siglip_loads_from_its_folder_with_its_tokenizer(tmp_path: Path, preci
     error = {"fp32": 1e-5, "fp16": 0.01, "bf16": 0.05}[precision]
     for found, expected in ((encoded.vectors, texts.numpy()), (encoder.encode_images(some).vectors, images.numpy())):
         assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < error
+
+
+def test_many_threads_get_the_rows_of_one(tmp_path: Path) -> None:
+    save_siglip(tmp_path)
+    encoder = OpenClip(OpenClipOptions(model=f"local-dir:{tmp_path}"), device="cpu")
+    texts = ["a cat", "a dog and a cat", "dog", "cat " * 9]
+    expected = [encoder.encode_texts([text]) for text in texts]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: encoder.encode_texts([texts[i % 4]]), range(64)))
+    for i, encoded in enumerate(found):
+        assert encoded.warnings == expected[i % 4].warnings
+        np.testing.assert_allclose(encoded.vectors, expected[i % 4].vectors, atol=1e-5)
 
 
 def test_a_siglip_without_its_tokenizer_says_what_the_folder_needs(
