@@ -416,11 +416,13 @@ class _Recall:
         """To be asked after `results`; empty where nothing is to be said of them."""
         if not (self.live.described and self.options.with_text):
             return [[] for _ in self.cues]
-        top = self.weights.topk(min(DESCRIBED_MAX, self.weights.shape[1]))
-        ids = self.view.ids(self.found.rows.gather(1, top.indices))
+        # In the order of the matches, ties too.
+        weights, order = self.weights.sort(dim=1, descending=True, stable=True)
+        weights, order = weights[:, :DESCRIBED_MAX], order[:, :DESCRIBED_MAX]
+        ids = self.view.ids(self.found.rows.gather(1, order))
         return [
-            [] if verdict == "unknown" else [(name, w) for name, w in zip(names, weights, strict=True) if name and w]
-            for verdict, names, weights in zip(self.verdicts, ids, top.values.tolist(), strict=True)
+            [] if verdict == "unknown" else [(name, w) for name, w in zip(names, weighs, strict=True) if name and w]
+            for verdict, names, weighs in zip(self.verdicts, ids, weights.tolist(), strict=True)
         ]
 
     def _replies(self) -> list[RecallResult]:

@@ -137,6 +137,12 @@ def test_an_unknown_cue_completes_nothing(engine: Engine, album: str) -> None:
     assert all(step is not None for step in result["trace"]), "and what the dynamics did is shown"
 
 
+def test_what_was_recalled_is_said_whatever_part_of_the_matches_is_listed(engine: Engine, album: str) -> None:
+    result = ask(engine, album, CUES["v"], limit=2, offset=3)
+    assert NOUNS[3] not in [match["id"] for match in result["matches"]]
+    assert (result["text"], result["original"]) == (CAPTIONS[3], f"/v1/collections/album/memories/{NOUNS[3]}/content")
+
+
 def test_captions_can_be_left_out(engine: Engine, album: str) -> None:
     result = ask(engine, album, CUES["v"], with_text=False)
     assert (result["text"], result["original"], result["matches"][0]["text"]) == (None, None, None)
@@ -160,6 +166,7 @@ def test_a_caption_of_two_pictures_is_ambiguous_and_drawn_as_their_mean(
     result = ask(engine, album, {"text": "our holiday by the sea"}, **options)
     assert result["verdict"] == "ambiguous"
     assert sorted(result["candidates"]) == ["sea0", "sea1"]
+    assert f"/{result['matches'][0]['id']}/" in result["original"]
     assert [match["weight"] for match in result["matches"][:2]] == pytest.approx([0.5, 0.5], abs=1e-3)
     assert result["text"] == "our holiday by the sea"
     mean = (picture(50).astype(float) + picture(51)) / 2

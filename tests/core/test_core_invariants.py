@@ -10,7 +10,7 @@ Here:
     the polynomial iff no other pattern has a positive score there.
  4. A support of all rows is dense; padding a support, batching cues and permuting rows change nothing but the order
     (no ties).
- 5. Recall from any one block whose own margin is large returns the other blocks.
+ 5. Recall from any one block whose own margin is large returns the other blocks; clamped blocks keep the cue exactly.
  6. Finite output on zero, huge, tiny, duplicate and single patterns; arguments are left as they were.
 In test_core_separation: sep is a distribution, maximises its definition, agrees with independent implementations.
 In test_core_certificate: the one-step softmax bound, the sparse exactness condition.
@@ -43,7 +43,7 @@ from service.core.separation import (
     exact_recall_margin,
     separate,
 )
-from service.core.similarity import Blocks, Similarity, normalise_rows, overlaps, scores, self_similarity
+from service.core.similarity import Blocks, Similarity, normalise_rows, overlaps, scores, self_similarity, spread
 from service.core.support import random_rows, top_k, window
 from service.core.update import update
 
@@ -358,6 +358,26 @@ def test_recall_from_one_block_returns_the_others(seed: int, rows: int, block: i
     result = retrieve(net.blocks, net.stored, cues, beta=beta, observed=observed, update_steps_max=1)
     assert ((result.state - net.stored).norm(dim=-1) <= error).all()
     assert torch.equal(result.weights.argmax(-1), torch.arange(rows))
+
+
+@given(nets(("plain", "zero blocks", "duplicates")), st.floats(0.1, 1.0))
+def test_clamped_blocks_keep_the_cue_and_the_others_are_the_association(
+    make: Callable[..., Net], step_size: float
+) -> None:
+    net = make()
+    result = retrieve(
+        net.blocks, net.stored, net.cues, beta=net.beta, observed=net.observed, clamp_observed=True,
+        step_size=step_size, update_steps_max=4, trace=True,
+    )  # fmt: skip
+    assert result.states is not None
+    seen = spread(net.observed, net.blocks)
+    cue = normalise_rows(net.cues, net.blocks)
+    for state in result.states:
+        assert torch.equal(state[seen], cue[seen])
+    settled = result.outcome == Outcome.CONVERGED
+    mean = result.weights @ net.stored
+    apart = torch.where(seen, 0.0, result.state - mean)[settled].norm(dim=-1)
+    assert (apart <= 2e-4 * mean[settled].norm(dim=-1).clamp_min(1.0)).all()
 
 
 @DTYPES
