@@ -15,6 +15,7 @@ fill.
 
 Rules:
 - A cell is never zero, not even a black picture's: zero means hidden.
+- Hidden pixels are shown in the colours around them (surroundings.py): the analysis sees no farther than a cell.
 - The synthesis was also trained on means of two latents, to draw the mean of the two pictures: what is recalled as a
   mixture is drawn as one. Cells of a mixture are shorter than 1 and are not made longer; a hidden cell is drawn grey.
 - Nothing is quantised.
@@ -22,13 +23,18 @@ Rules:
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load
 from torch import nn
 from torch.nn import functional
 
 from service.encoders.grid import GridEncoder, GridOptions
+from service.encoders.protocol import Picture
+from service.encoders.surroundings import surrounded
 from service.encoders.weights import PackagedFile
 
 SIZE = 64
@@ -118,10 +124,18 @@ class _Residual(nn.Module):
         return changed
 
 
-def make(options: CodecOptions, *, device: str, weights: PackagedFile = WEIGHTS) -> GridEncoder:
+class CodecEncoder(GridEncoder):
+    """A `GridEncoder` that fills hidden pixels by what is around them."""
+
+    def _fitted(self, picture: Picture) -> NDArray[np.uint8]:
+        image = Image.fromarray(surrounded(picture))
+        return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+
+
+def make(options: CodecOptions, *, device: str, weights: PackagedFile = WEIGHTS) -> CodecEncoder:
     """The encoder, loaded. Raises `WeightsMissing`, and `WeightsRefused` for weights that are not those that ship."""
     network = Codec()
     network.load_state_dict({name: tensor.float() for name, tensor in load(weights.read()).items()})
     network.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
     grid = GridOptions(model="codec", size=SIZE, precision="fp32")
-    return GridEncoder("codec", network, grid, device=device, weights=weights.sha256[:32])
+    return CodecEncoder("codec", network, grid, device=device, weights=weights.sha256[:32])
