@@ -290,9 +290,14 @@ class Collection:
         return Diagnostics.of(self._transport.get_diagnostics(self.name))
 
     def wait_until_calibrated(self, timeout_s: float = 300.0) -> CollectionInfo:
-        """Wait until the automatic calibration covers what is stored. Raises `Unavailable` after `timeout_s`."""
+        """Wait until the automatic calibration covers what is stored.
+
+        Raises `Unavailable` after `timeout_s`, and at once why a space's encoder cannot be used: none is made until then.
+        """
         deadline = time.monotonic() + timeout_s
         while (info := self.info()).calibration.state != "current":
+            if info.problem is not None:
+                raise info.problem.as_error()
             if time.monotonic() >= deadline:
                 raise Unavailable(f"{self.name}: its calibration is {info.calibration.state} after {timeout_s:g} s")
             time.sleep(POLL_S)

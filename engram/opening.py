@@ -49,8 +49,9 @@ def open_client(data: Path | None, url: str | None, must_exist: bool = False) ->
 
 
 def calibrate(out: Console, collection: Collection) -> None:
-    """Wait for the calibration in this process, where one is due."""
-    if collection.info().calibration.state not in ("pending", "stale"):
+    """Wait for the calibration in this process, where one is due and no space waits for being encoded again."""
+    info = collection.info()
+    if info.problem is not None or info.calibration.state not in ("pending", "stale"):
         return
     with Progress(SpinnerColumn(), TextColumn("calibrating…"), TimeElapsedColumn(), console=out) as progress:
         progress.add_task("calibrate", total=None)

@@ -75,6 +75,9 @@ class Problem(Reply):
     code: str
     detail: str
 
+    def as_error(self) -> EngramError:
+        return error_classes().get(self.code, EngramError)(self.detail)
+
 
 @dataclass(frozen=True)
 class StoredItem(Reply):
@@ -116,7 +119,7 @@ class Operation(Reply):
     def check(self) -> None:
         """Of one that has ended: raises why it failed, and `Conflict` where it was cancelled."""
         if self.error is not None:
-            raise error_classes().get(self.error.code, EngramError)(self.error.detail)
+            raise self.error.as_error()
         if self.status != "done":
             raise Conflict(f"the operation {self.id} is {self.status}")
 
@@ -316,3 +319,9 @@ class CollectionInfo(Reply):
     bytes: dict[str, int]
     kernels: tuple[dict[str, str], ...] = ()
     duplicates: str | dict[str, list[str]] = "warn"
+
+    @property
+    def problem(self) -> Problem | None:
+        """Why the encoder of a space cannot be used, of the first of such spaces."""
+        found = (space["problem"] for space in self.spaces.values() if space.get("problem") is not None)
+        return next(map(Problem.of, found), None)

@@ -239,6 +239,8 @@ class LiveCollection:
             "stale": f"{drift}, more than {over}: calibrated again once writes pause",
             "current": f"{drift}; calibrated again once more than {over} have",
         }
+        if self.faulty:
+            why = dict.fromkeys(why, "not calibrated before the encoders of all spaces can be used")
         return CalibrationInfo(
             state=state, rows_then=then, rows_now=self.bank.view().count, changed_rows=self.changed_rows,
             redone_over=over, why=why[state], modalities=list(self.records.values()),

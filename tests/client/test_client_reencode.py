@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 
 from engram import Client
 from engram.reencode import _option
-from service.errors import InvalidRequest, UnknownSpace
+from service.errors import EncoderMismatch, InvalidRequest, UnknownSpace
 
 SPACES = {"image": {"encoder": "pixels", "options": {"size": 4}}, "v": {"dimension": 2}}
 PICTURES = [np.random.default_rng(seed).integers(0, 255, (8, 8, 3), dtype=np.uint8) for seed in range(12)]
@@ -55,6 +57,34 @@ def test_the_command_shows_what_came_of_it(
     assert refused.returncode == 1
     assert "12 memories of space image of mine cannot be encoded again" in refused.stderr
     assert "originals_missing" in refused.stderr
+
+
+def test_a_space_without_its_encoder_is_not_waited_for(
+    run_engram: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """Nothing is calibrated until it is encoded again; a second such space does not hold up the first."""
+    data = tmp_path / "memories"
+    spaces = {name: {"encoder": "pixels", "options": {"size": 4}} for name in ("a", "b")}
+    with Client(path=data) as client:
+        client.create_collection("mine", spaces).store(MEMORIES)
+    with sqlite3.connect(data / "engram.db") as connection:
+        ((config,),) = connection.execute("SELECT config FROM collections")
+        config = orjson.loads(config) | {"fingerprints": {"a": "former", "b": "former"}}
+        connection.execute("UPDATE collections SET config = ?", (orjson.dumps(config),))
+    connection.close()
+    with Client(path=data) as client:
+        mine = client.collection("mine")
+        for call in (lambda: mine.recall(image=PICTURES[0]), mine.wait_until_calibrated):
+            with pytest.raises(EncoderMismatch, match="engram reencode mine a"):
+                call()
+        assert mine.info().calibration.why == "not calibrated before the encoders of all spaces can be used"
+    first = run_engram("reencode", "mine", "a", "--data", data)
+    assert first.returncode == 0, first.stderr
+    with Client(path=data) as client:
+        with pytest.raises(EncoderMismatch, match="engram reencode mine b"):
+            client.collection("mine").recall(image=PICTURES[0])
+        client.collection("mine").reencode("b")
+        assert client.collection("mine").recall(image=PICTURES[5], gate=False).matches[0].id == "5"
 
 
 def test_an_option_is_a_name_and_a_value() -> None:
