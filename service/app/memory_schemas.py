@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from service.app.fields import LIMIT_MAX, MemoryId, Payload, Reply, Request
 from service.app.filter_schemas import IDS_MAX, FilterSpec
 
 DELETED_LISTED_MAX = 10_000  # ids in one reply; more are counted
+
+
+def _is_cursor(value: str) -> str:
+    if re.fullmatch("[0-9a-f]{1,15}", value) is None:  # a place in the order of memories; within 64 bits
+        raise ValueError("is not a next_cursor that a scroll has given")
+    return value
+
+
+Cursor = Annotated[str, AfterValidator(_is_cursor)]
 
 
 class MemoryInfo(Reply):
@@ -29,9 +39,7 @@ class ScrollRequest(Request):
 
     filter: FilterSpec | None = None
     limit: int = Field(default=10, ge=1, le=LIMIT_MAX)
-    cursor: Annotated[str, Field(pattern=r"^[0-9a-f]{1,15}$")] | None = Field(
-        default=None, description="the reply's next_cursor, to go on where that page ended"
-    )
+    cursor: Cursor | None = Field(default=None, description="the reply's next_cursor, to go on where that page ended")
 
 
 class ScrollReply(Reply):

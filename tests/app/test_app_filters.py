@@ -21,7 +21,8 @@ from service.storage.writer import Writer
 
 Document = dict[str, Any]
 
-NAMES = ["a", "b", "d.e", "é x"]
+NAMES = ["a", "d.e", "é x"]
+Scalar = str | int | float
 TEXTS = ["", "a", "ab", "abc", "B", "é", "日本", "😀", "\U0010ffff", "\U0010ffffz", "\ud7ff", "true", "1", "a'b\"c\\\n"]
 DATES = [
     "2026-11-25", "2026-11-25T00:00:00Z", "2026-11-25t01:00:00+01:00", "2026-11-25T00:00:00.0000001Z",
@@ -52,32 +53,54 @@ ids = st.sampled_from([f"m{i}" for i in range(8)])
 
 
 @st.composite
-def bounds(draw: st.DrawFn) -> Document:
-    of = draw(st.sampled_from([numbers, st.sampled_from(DATES[:10])]))
+def cases(draw: st.DrawFn) -> tuple[list[Any], list[Document]]:
+    """Payloads, and filters that ask about values that are in them as often as about others."""
+    stored = draw(st.lists(payloads, min_size=1, max_size=8))
+    there = [value for payload in stored for value in scalars_in(payload)]
+    asked = scalars | st.sampled_from(there) if there else scalars
+    return stored, draw(st.lists(filters(asked), min_size=1, max_size=6))
+
+
+def scalars_in(value: Any) -> list[Any]:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [found for each in inside for found in ([each] if isinstance(each, Scalar) else scalars_in(each))]
+
+
+@st.composite
+def filters(draw: st.DrawFn, asked: Any, depth: int = 2, least: int = 0) -> Document:
+    groups = draw(st.sets(st.sampled_from(["must", "should", "must_not"]), min_size=least))
+    return {group: draw(st.lists(conditions(asked, depth), max_size=2)) for group in sorted(groups)}
+
+
+@st.composite
+def conditions(draw: st.DrawFn, asked: Any, depth: int) -> Document:
+    kinds = ["match", "any", "except", "range", "range", "exists", "null", "prefix", "ids"]
+    kind = draw(st.sampled_from([*kinds, "filter"] if depth else kinds))
+    if kind == "filter":
+        return draw(filters(asked, depth - 1, least=1))
+    if kind == "ids":
+        return {"ids": draw(st.lists(ids, max_size=3))}
+    path = draw(st.lists(names, min_size=1, max_size=draw(st.sampled_from([1, 1, 1, 2, 3]))))
+    key = ".".join(f'"{name}"' if "." in name else name for name in path)
+    if kind == "range":
+        return {"key": key, "range": draw(bounds(asked))}
+    asks = {"match": asked, "prefix": asked.filter(is_text).map(lambda text: text[:2])}
+    lists = st.lists(asked, max_size=4)
+    return {"key": key, kind: draw(asks.get(kind, lists if kind in ("any", "except") else st.booleans()))}
+
+
+@st.composite
+def bounds(draw: st.DrawFn, asked: Any) -> Document:
+    of = draw(st.sampled_from([numbers, asked.filter(is_number), st.sampled_from(DATES[:10])]))
     return {name: draw(of) for name in draw(st.sets(st.sampled_from(["gt", "gte", "lt", "lte"]), min_size=1))}
 
 
-@st.composite
-def conditions(draw: st.DrawFn, depth: int) -> Document:
-    kind = draw(st.sampled_from([*ASKS, *(["ids", "filter"] if depth else ["ids"])]))
-    if kind == "filter":
-        return draw(filters(depth - 1, least=1))
-    if kind == "ids":
-        return {"ids": draw(st.lists(ids, max_size=3))}
-    path = draw(st.lists(names, min_size=1, max_size=3))
-    return {"key": ".".join(f'"{name}"' if "." in name else name for name in path), kind: draw(ASKS[kind])}
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
-ASKS = {
-    "match": scalars, "any": st.lists(scalars, max_size=4), "except": st.lists(scalars, max_size=4), "range": bounds(),
-    "exists": st.booleans(), "null": st.booleans(), "prefix": texts,
-}  # fmt: skip
-
-
-@st.composite
-def filters(draw: st.DrawFn, depth: int = 2, least: int = 0) -> Document:
-    groups = draw(st.sets(st.sampled_from(["must", "should", "must_not"]), min_size=least))
-    return {group: draw(st.lists(conditions(depth), max_size=3)) for group in sorted(groups)}
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 # --- a plain reading --------------------------------------------------------------------------------------------------
@@ -179,14 +202,22 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repository]
     database.close()
 
 
-@given(stored=st.lists(payloads, min_size=1, max_size=8), asked=st.lists(filters(), min_size=1, max_size=6))
+def just(key: str, **asked: Any) -> Document:
+    return {"must": [{"key": key, **asked}]}
+
+
+@given(case=cases())
+@example(case=([{"a": 1}, {"a": True}], [just("a", match=1), just("a", match=True)]))
+@example(case=([{"a": [None]}, {"a": [None, 1]}, {"a": []}], [just("a", **{"except": []}), just("a", null=True)]))
 @example(
-    stored=[{"a": 1}, {"a": True}],
-    asked=[{"must": [{"key": "a", "match": 1}]}, {"must": [{"key": "a", "match": True}]}],
+    case=([{"a": 2.0**53}, {"a": 2**53 + 1}], [just("a", range={"gt": 2**53}), just("a", range={"lt": 2**53 + 1})])
 )
-def test_bank_and_sql_keep_what_the_filter_says(
-    repository: Repository, stored: list[Any], asked: list[Document]
-) -> None:
+@example(case=([{"a": 2.0**53}], [just("a", range={"gte": 2**53 - 1, "lte": 2**53 + 1}), just("a", match=2**53 + 1)]))
+@example(case=([{"a": 2.0**53 + 4}], [just("a", range={"gt": 2**53 + 3}), just("a", range={"lte": 2**53 + 3})]))
+@example(case=([{"a": 2.0**53}], [just("a", range={"gte": 2**53 + 1}), just("a", range={"lt": 2**53 + 1})]))
+@example(case=([{"a": "\ud7ffz"}, {"a": "\U0010ffffz"}], [just("a", prefix="\ud7ff"), just("a", prefix="\U0010ffff")]))
+def test_bank_and_sql_keep_what_the_filter_says(repository: Repository, case: tuple[list[Any], list[Document]]) -> None:
+    stored, asked = case
     names = [f"m{i}" for i in range(len(stored))]
     name = f"c{len(repository.list_collections())}"
     collection = repository.create_collection(name, {})

@@ -9,6 +9,7 @@ import torch
 
 from service.bank import Bank, Layout, Rows, SpaceLayout, View
 from service.bank import filtering as filtering_module
+from service.bank import view as view_module
 from service.core.filter import AnyOf, Bounds, Clause, Ids, Range, Values
 
 D = 16
@@ -139,7 +140,7 @@ def test_a_view_keeps_its_answer_while_rows_come_go_and_are_sealed(monkeypatch: 
         assert {name for name in names(view, 200)[0] if name} == wanted
 
 
-def test_exclusions_and_filters_are_left_out_together_and_a_view_is_kept() -> None:
+def test_exclusions_and_filters_are_left_out_together_and_a_view_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     bank = graphed(500)
     view = bank.view()
     assert view.restricted(None) is view
@@ -152,6 +153,10 @@ def test_exclusions_and_filters_are_left_out_together_and_a_view_is_kept() -> No
     assert view.restricted(clause) is not without
     matrix, numbers = without.matrix()
     assert len(matrix) == len(numbers) == 497
+    assert without.matrix()[0] is matrix
+    monkeypatch.setattr(view_module, "MATRIX_BYTES_MAX", 5 * matrix.nbytes)
+    large = bank.view().restricted(below(400))
+    assert large.matrix()[0] is not large.matrix()[0], "the copies of all restrictions are no more than one view's"
     assert without.rows_of(["m1", "m4"]).tolist()[0] == -1
     assert view.restricted(Clause(must=(Ids(frozenset()),))).count == 0
 

@@ -184,7 +184,7 @@ def test_what_else_is_refused(collection: Collection, client: Client) -> None:
             collection.delete(**arguments)
     with pytest.raises(InvalidRequest, match="4096 together"):
         collection.recall(vectors={"v": VECTORS[0]}, offset=4092)
-    with pytest.raises(InvalidRequest, match="cursor"):
+    with pytest.raises(InvalidRequest, match="cursor: is not a next_cursor"):
         client._transport.scroll(collection.name, {"cursor": "../etc"})
     with pytest.raises(CollectionNotFound):
         next(client.collection("not-there").scroll())
