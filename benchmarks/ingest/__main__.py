@@ -54,8 +54,8 @@ def report(measured: Measured, count: int, repetitions: int) -> str:
         "interleaved repetitions, each way in a process of its own. The bare model's pictures are decoded before its "
         "clock runs.",
         "",
-        "| encoders | | images a second | ÷ bare | of each repetition | in the model | peak memory MB | load average |",
-        "|---|---|--:|--:|---|--:|--:|---|",
+        "| encoders | | images a second | ÷ bare | of each repetition | in the model | its CPU ms each | peak MB | load |",
+        "|---|---|--:|--:|---|--:|--:|--:|---|",
     ]
     for encoders in COLLECTIONS:
         bare = [found["per_s"] for found in measured[encoders, "bare"]]
@@ -69,16 +69,19 @@ def report(measured: Measured, count: int, repetitions: int) -> str:
                 peak += f" (client {max(each['client_peak_mb'] for each in found):,.0f})"
             load = ", ".join(f"{one['load']:.1f}" for one in found)
             busy = f"{median(each['busy'] for each in found):.0%}" if way == "in_process" else ""
-            cells = [" + ".join(encoders), name, f"{median(per_s):.1f}", ratio, ratios, busy, peak, load]
+            cpu = "" if way == "over_http" else f"{median(each['cpu_ms'] for each in found):.1f}"
+            cells = [" + ".join(encoders), name, f"{median(per_s):.1f}", ratio, ratios, busy, cpu, peak, load]
             lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "In the model: the share of the whole time that the pipeline's thread spent in the encoders' calls.",
+        "In the model: the share of the whole time that the pipeline's thread spent in the encoders' calls. Its CPU, an image: "
+        "what that thread had of a core meanwhile, which other programs hardly change.",
         "",
         "A collection is calibrated, which runs its encoders over some hundred cues, once writes pause, or 30 s after "
         "the first: a run that takes longer than that includes it.",
         "",
-        "Load average: the machine's over the minute before each repetition began, other programs included.",
+        "Peak: the process's resident memory, weights and libraries included. Load: the machine's average over the "
+        "minute before each repetition began, other programs included.",
         "",
         *(f"- {line}" for line in machine()),
     ]

@@ -25,6 +25,9 @@ from typing import Any
 BATCH = 64
 """Pictures that the pipeline hands to the encoders at once (service/app/cues.py, ENCODE_BATCH)."""
 
+Call = tuple[float, float]
+"""Seconds that passed in a call of a model, and those in which its thread had a core."""
+
 
 def bare(files: Sequence[Path], encoders: Sequence[str]) -> dict[str, float]:
     import torch
@@ -37,14 +40,15 @@ def bare(files: Sequence[Path], encoders: Sequence[str]) -> dict[str, float]:
     models = [registry.make(name, {}) for name in encoders]
     for model in models:
         run_once(model)
-    seconds = 0.0
+    calls: list[Call] = []
+    for model in models:
+        _clock(model, calls)
     for start in range(0, len(files), BATCH):
         pictures = [read_picture(file.read_bytes()) for file in files[start : start + BATCH]]
-        began = time.perf_counter()
         for model in models:
             model.encode_images(pictures)
-        seconds += time.perf_counter() - began
-    return {"per_s": len(files) / seconds, "peak_mb": own_peak_mb()}
+    seconds, cpu_s = map(sum, zip(*calls, strict=True))
+    return {"per_s": len(files) / seconds, "cpu_ms": 1e3 * cpu_s / len(files), "peak_mb": own_peak_mb()}
 
 
 def in_process(files: Sequence[Path], encoders: Sequence[str]) -> dict[str, float]:
@@ -54,15 +58,16 @@ def in_process(files: Sequence[Path], encoders: Sequence[str]) -> dict[str, floa
     from service.encoders import registry
 
     torch.set_num_threads(1)
-    seconds_in: list[float] = []
+    calls: list[Call] = []
     for name in encoders:
-        _clock(registry.make(name, {}), seconds_in)
+        _clock(registry.make(name, {}), calls, "ingest-encode")
     with tempfile.TemporaryDirectory(prefix="engram-ingest-") as folder, Client(path=folder) as client:
         collection = client.create_collection("ingest", {name: {"encoder": name} for name in encoders})
-        seconds_in.clear()
+        calls.clear()
         per_s = stored(collection, files)
-        busy = sum(seconds_in) * per_s / len(files)
-        return {"per_s": per_s, "peak_mb": own_peak_mb(), "busy": busy}
+        seconds, cpu_s = map(sum, zip(*calls, strict=True))
+        each = {"cpu_ms": 1e3 * cpu_s / len(files), "busy": seconds * per_s / len(files)}
+        return {"per_s": per_s, "peak_mb": own_peak_mb(), **each}
 
 
 def over_http(files: Sequence[Path], encoders: Sequence[str]) -> dict[str, float]:
@@ -90,17 +95,17 @@ def stored(collection: Any, files: Sequence[Path]) -> float:
     return len(files) / seconds
 
 
-def _clock(model: Any, seconds_in: list[float]) -> None:
-    """Note how long each call of a model for pictures takes, in the pipeline's thread (not a calibration's)."""
+def _clock(model: Any, calls: list[Call], thread: str | None = None) -> None:
+    """Note every call of a model for pictures, or those in a thread of this name."""
     encode = model.encode_images
 
     def clocked(pictures: Any) -> Any:
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.thread_time()
         try:
             return encode(pictures)
         finally:
-            if threading.current_thread().name == "ingest-encode":
-                seconds_in.append(time.perf_counter() - began)
+            if thread in (None, threading.current_thread().name):
+                calls.append((time.perf_counter() - began, time.thread_time() - worked))
 
     model.encode_images = clocked
 
