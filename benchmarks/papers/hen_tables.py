@@ -101,7 +101,7 @@ tables 1 to 5, figures 2, 3, 6 and 7. The paper's pictures are COCO's, which no 
 - *dot* and *L2* (-‖ξ - x‖²) on the codes as they are, as the paper; *cosine* is the service's. Softmax, all rows, until
   it rests or ten steps. β: the paper's 20 to 500, and 1,000 to 10,000.
 - *Equal cells*: every cell of the code's grid at one norm, hidden cells zero, which the paper's one-hot codes have of
-  themselves (`hen_encoders.py`). Dot, L2 and cosine then rank alike, and differ in what β means.
+  themselves (`hen_encoders.py`). Dot, L2 and cosine then rank alike and differ in the scale of β: by dot alone.
 
 Encoders at hand, and the values of a code ({", ".join(found.name for found in findings)}):
 
