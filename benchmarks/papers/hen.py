@@ -61,15 +61,15 @@ class Plan:
 
 PLANS: dict[Size, Plan] = {
     "quick": Plan(
-        sizes=(1_000, 2_000),
-        colour=(300,),
-        cues=60,
-        pictures=20,
+        sizes=(500, 1_000),
+        colour=(200,),
+        cues=40,
+        pictures=10,
         paper_betas=(20.0, 100.0, 500.0, 2_000.0),
         betas=(20.0, 100.0, 500.0, 10_000.0),
         few_betas=(100.0, 2_000.0),
         kernel=(500,),
-        hetero=(200,),
+        hetero=(150,),
     ),
     "full": Plan(
         sizes=(6_000, 8_000, 10_000, 15_000, 60_000),
@@ -79,7 +79,7 @@ PLANS: dict[Size, Plan] = {
         paper_betas=(*PAPER_BETAS, *BEYOND),
         betas=BETAS,
         few_betas=(100.0, 500.0, 2_000.0, 10_000.0),
-        kernel=(6_000, 8_000, 10_000, 15_000),
+        kernel=(6_000, 10_000, 15_000),
         hetero=(2_000, 6_000),
     ),
 }

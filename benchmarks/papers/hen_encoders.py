@@ -101,8 +101,8 @@ def coded(encoder: Encoder, name: str, words: str) -> Coded:
 
 
 def equal_cells(encoder: Encoder, grid: int, name: str, words: str, sample: Sequence[Picture]) -> Coded:
-    """The encoder with the map of the module's docstring around it. Compared by dot alone: where all rows have one norm,
-    L2 is twice dot less a constant, and cosine is dot over the number of cells: the same at another β.
+    """The encoder with the map of the module's docstring around it. Compared by dot alone: where all rows have one
+    norm, L2 is twice dot less a constant, and cosine is dot over the number of cells: the same at another β.
     """
     inner = coded(encoder, name, words)
     cells, depth = grid * grid, encoder.dimension // (grid * grid)

@@ -12,7 +12,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import sqrt
 
 import numpy as np
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.papers.hen_cues import whole
-from benchmarks.papers.hen_encoders import Coded, Missing, at_hand
+from benchmarks.papers.hen_encoders import Coded, at_hand
 from benchmarks.papers.hen_findings import Answers, Findings, Hetero, Method, Sheet
 from benchmarks.papers.hen_judge import judged
 from benchmarks.papers.hen_recall import STEPS_MAX, Bank, Settled, settle
@@ -28,15 +28,12 @@ from benchmarks.papers.hen_sets import Pictures
 from benchmarks.papers.report import Report
 from service.core.similarity import Similarity
 from service.encoders.minilm import MiniLM
-from service.encoders.registry import make
-from service.errors import EngramError
+from service.encoders.pixel_text import draw_hash
+from service.encoders.protocol import Picture
 
 SEED = 0
 BROKEN_BETA = 500.0
 PAIRS = 2
-
-TextCodes = Callable[[Sequence[str], Coded], Tensor]
-"""Captions (n,) and the picture's encoder → (n, k)."""
 
 
 def measure(
@@ -56,16 +53,12 @@ def measure(
     encoders, _ = at_hand(stored, pictures.colour)
     own = torch.from_numpy(np.random.default_rng(SEED).permutation(sizes[0])[:cues])
     sentences = torch.from_numpy(MiniLM(torch.get_num_threads()).encode(captions).vectors)
-    texts: dict[str, TextCodes] = {"sentence (MiniLM)": lambda _, coded: sentences}
-    try:
-        texts["pixel_text"] = _pixel_texts()
-    except (EngramError, ImportError) as error:
-        found.missing.append(Missing("pixel_text", str(error)))
+    hashes = [Picture(draw_hash(caption)) for caption in captions]
     for coded in encoders:
         report.progress(f"{pictures.name}: captions, {coded.name}")
         codes = torch.from_numpy(coded.encode(stored))
-        for name, encode in texts.items():
-            said = encode(captions, coded)
+        texts = {"sentence (MiniLM)": sentences, "pixel_text": torch.from_numpy(coded.encode(hashes))}
+        for name, said in texts.items():
             for rows in sizes:
                 answers: dict[Method, Answers] = {}
                 for similarity in ("dot", "neg_l2", "cosine"):
@@ -119,8 +112,3 @@ def break_uniqueness(found: Findings, coded: Coded, codes: Tensor, said: Tensor)
             sheet.rows.append(list(coded.decode(latents.numpy())))
             weights = f"{float(step.weight[0, number]):.2f}, {float(settled.weight[0, number]):.2f}"
             sheet.labels.append(f"{Method(coded.name, similarity).label}: largest weight {weights}")
-
-
-def _pixel_texts() -> TextCodes:
-    make("pixel_text", {})
-    raise NotImplementedError

@@ -105,8 +105,10 @@ class Measured:
         }
 
     def kernel_memories(self, sizes: Sequence[int], pictures: int) -> None:
-        """Kernel memory networks on this encoder's codes, their kernel chosen on cues of the next memories."""
-        sizes = [size for size in sizes if size <= min(ROWS_MAX, len(self.bank))]
+        """Kernel memory networks on this encoder's codes, their kernel chosen on cues of other memories. Of the sizes,
+        those that hold the memories asked for, up to `ROWS_MAX`.
+        """
+        sizes = [size for size in sizes if self.own.max() < size <= min(ROWS_MAX, len(self.bank))]
         held = np.arange(min(TUNING_ROWS, sizes[0]))
         tuning = np.setdiff1d(held, self.own)[:pictures]
 
