@@ -131,7 +131,7 @@ def measured(
             found.shared.update({Asked(hidden, how, rows): shared for how in HOWS})
     for coded in encoders:
         report.progress(f"{pictures.name}: {coded.name}")
-        measure = Measured(found, coded, Bank(torch.from_numpy(coded.encode(stored))), own, stored)
+        measure = Measured(found, coded, Bank.of(torch.from_numpy(coded.encode(stored))), own, stored)
         found.encoders[coded.name], found.dimensions[coded.name] = coded.words, coded.width
         for hidden in HIDDEN:
             if hidden == HALF:

@@ -104,7 +104,7 @@ def overlaps(found: Findings) -> Figure:
     for axis in axes[-1]:
         axis.set_xlabel("cosine with the cue")
     axes[0][0].legend(fontsize=7)
-    figure.tight_layout()
+    figure.subplots_adjust(wspace=0.08, hspace=0.12)
     return figure
 
 
@@ -129,7 +129,6 @@ def sheet(pictures: Sheet) -> Figure:
     axis.xaxis.tick_top()
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    figure.tight_layout()
     return figure
 
 

@@ -79,7 +79,7 @@ class Associated:
         if similarity == "cosine":
             # Two unit blocks over √2: their inner product is the mean of the two cosines.
             parts = tuple(torch.nn.functional.normalize(part, dim=-1) / sqrt(2) for part in parts)
-        self._bank = Bank(torch.cat(parts, dim=-1))
+        self._bank = Bank.of(torch.cat(parts, dim=-1))
 
     def recall(self, said: Tensor, betas: Sequence[float], *, pictures: int, steps_max: int = STEPS_MAX) -> Settled:
         """From captions' codes (b, m) alone; codes of pictures are read out."""

@@ -17,7 +17,7 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -42,23 +42,24 @@ _VALUES_AT_ONCE = 2**25
 
 @dataclass(frozen=True, eq=False)
 class Bank:
-    """Stored patterns (n, d) float32 as the encoder gave them. squares, norms: ‖ξ‖² and ‖ξ‖, (n,)."""
+    """Stored patterns (n, d) float32 as the encoder gave them; ‖ξ‖² and ‖ξ‖ of each, (n,)."""
 
     patterns: Tensor
-    squares: Tensor = field(init=False)
-    norms: Tensor = field(init=False)
+    squares: Tensor
+    norms: Tensor
 
-    def __post_init__(self) -> None:
-        squares = self.patterns.double().square().sum(-1)
-        object.__setattr__(self, "squares", squares.float())
-        object.__setattr__(self, "norms", squares.sqrt().clamp_min(torch.finfo(torch.float32).tiny).float())
+    @classmethod
+    def of(cls, patterns: Tensor) -> Bank:
+        """The bank of these patterns."""
+        squares = patterns.double().square().sum(-1)
+        return cls(patterns, squares.float(), squares.sqrt().clamp_min(torch.finfo(torch.float32).tiny).float())
 
     def __len__(self) -> int:
         return len(self.patterns)
 
     def first(self, rows: int) -> Bank:
         """The bank of the first so many memories."""
-        return Bank(self.patterns[:rows])
+        return Bank(self.patterns[:rows], self.squares[:rows], self.norms[:rows])
 
     def products(self, states: Tensor) -> Tensor:
         """⟨ξ, x⟩ of every state (b, d) with every row, (b, n)."""
@@ -135,18 +136,19 @@ def settle(
     for step in range(steps_max + 1):
         whole = torch.zeros(len(moving), width)
         reached = torch.full((len(moving),), -1)
+        at_rest = torch.zeros(len(moving), dtype=torch.bool)
         for some, lines, scores in _scored(bank, scored if step == 0 else None, state, on, moving, similarity):
             pairs = moving[some]
-            found = _associated(bank, scores, lines, beta[pairs], scale, values, wanted[pairs])
-            whole[some], reached[some] = found.mean, found.on
-            heaviest[pairs], weight[pairs] = found.heaviest, found.weight
-            nearest[pairs] = _nearest(bank, scores, similarity)[lines]
-            recalled[pairs[wanted[pairs]]] = found.read_out
+            best = scores.topk(min(max(_SUPPORTS), len(bank)), dim=-1)
+            whole[some], weight[pairs] = _associated(bank.patterns, scores, best, lines, beta[pairs], scale)
+            heaviest[pairs], nearest[pairs] = best.indices[lines, 0], _nearest(bank, scores, similarity)[lines]
+            reached[some] = torch.where(weight[pairs] >= 1 - MASS, heaviest[pairs], -1)
+            at_rest[some] = _at_rest(state[pairs], whole[some])
+            # What is read out costs a step, so it is where the dynamics ends, unless every step is asked for.
+            ended = wanted[pairs] & (at_rest[some] | (step == steps_max) | trail)
+            recalled[pairs[ended]], _ = _associated(values, scores, best, lines[ended], beta[pairs[ended]], None)
         if trail:
             trails.append(recalled.clone())
-        before = state[moving]
-        residual = torch.linalg.vector_norm(whole - before, dim=-1)
-        at_rest = residual <= EPS * torch.linalg.vector_norm(whole, dim=-1)
         if step == steps_max:
             break
         state[moving], on[moving] = whole, reached
@@ -185,49 +187,35 @@ def _scored(
         yield some, lines, bank.scores(bank.products(state[moving[one]]), similarity)
 
 
-@dataclass(frozen=True, eq=False)
-class _Association:
-    """mean: (m, d) Σ p ξ in the dynamics' own rows; read_out: (wanted, k) Σ p v of the pairs that are wanted; on: the
-    memory that has all weight up to `MASS`, or -1.
-    """
-
-    heaviest: Tensor
-    weight: Tensor
-    mean: Tensor
-    read_out: Tensor
-    on: Tensor
-
-
 def _associated(
-    bank: Bank, scores: Tensor, lines: Tensor, beta: Tensor, scale: Tensor | None, values: Tensor, wanted: Tensor
-) -> _Association:
-    """Pairs of a line of scores and a β. `scale` (n,) brings stored patterns to the dynamics' rows; None: they are
-    these.
+    values: Tensor, scores: Tensor, best: torch.return_types.topk, lines: Tensor, beta: Tensor, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(m, k) Σ p v and (m,) the largest p, of pairs of a line of scores and a β. best: each line's best scores. `scale`
+    (n,): what the values are multiplied by, if anything.
     """
-    rows, width = scores.shape[1], bank.patterns.shape[1]
-    best = scores.topk(min(max(_SUPPORTS), rows), dim=-1)
+    rows, width = scores.shape[1], values.shape[1]
     mean, weight = torch.empty(len(lines), width), torch.empty(len(lines))
-    read_out = torch.empty(len(lines), values.shape[1])
     left = torch.arange(len(lines))
-
-    def take(some: Tensor, p: Tensor, chosen: Tensor | None) -> None:
-        """Means by the weights p of the rows chosen (None: of all)."""
-        among = slice(None) if chosen is None else chosen
-        weight[some] = p.amax(-1)
-        mean[some] = association(bank.patterns[among], p if scale is None else p * scale[among])
-        if (drawn := wanted[some]).any():
-            read_out[some[drawn]] = association(values[among if chosen is None else chosen[drawn]], p[drawn])
-
     for support in (each for each in _SUPPORTS if each < rows):
         lost, _ = softmax_bound(best.values[lines[left], :support], rows, beta[left], 1.0)
         for some in torch.split(left[lost <= MASS], max(1, _VALUES_AT_ONCE // (support * width))):
             chosen = best.indices[lines[some], :support]
-            take(some, separate("softmax", beta[some, None] * best.values[lines[some], :support]), chosen)
+            p = separate("softmax", beta[some, None] * best.values[lines[some], :support])
+            weight[some] = p.amax(-1)
+            mean[some] = association(values[chosen], p if scale is None else p * scale[chosen])
         left = left[lost > MASS]
     for some in torch.split(left, max(1, _VALUES_AT_ONCE // rows)):
-        take(some, separate("softmax", beta[some, None] * scores[lines[some]]), None)
-    heaviest = best.indices[lines, 0]
-    return _Association(heaviest, weight, mean, read_out[wanted], torch.where(weight >= 1 - MASS, heaviest, -1))
+        p = separate("softmax", beta[some, None] * scores[lines[some]])
+        weight[some] = p.amax(-1)
+        mean[some] = association(values, p if scale is None else p * scale)
+    return mean, weight
+
+
+def _at_rest(state: Tensor, whole: Tensor) -> Tensor:
+    """Whether a whole step leads nowhere, as `retrieve` has it."""
+    residual: Tensor = torch.linalg.vector_norm(whole - state, dim=-1)
+    size: Tensor = torch.linalg.vector_norm(whole, dim=-1)
+    return residual <= EPS * size
 
 
 def _nearest(bank: Bank, scores: Tensor, similarity: Similarity) -> Tensor:

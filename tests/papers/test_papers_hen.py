@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from skimage.metrics import structural_similarity as scikit_similarity
 
-from benchmarks.papers import hen
+from benchmarks.papers import hen, hen_kernel_memory
 from benchmarks.papers.data import MissingData
 from benchmarks.papers.hen_cues import HIDDEN, copies, cued, observed, whole
 from benchmarks.papers.hen_encoders import Coded, at_hand, coded, equal_cells
@@ -27,11 +27,13 @@ from service.encoders.registry import make
 
 
 def _bank(count: int, width: int, seed: int = 0) -> Bank:
-    return Bank(torch.rand(count, width, generator=torch.Generator().manual_seed(seed)))
+    return Bank.of(torch.rand(count, width, generator=torch.Generator().manual_seed(seed)))
 
 
-def _pictures(count: int, side: int = 28, seed: int = 0) -> NDArray[np.uint8]:
-    return np.random.default_rng(seed).integers(0, 256, (count, side, side)).astype(np.uint8)
+def _pictures(count: int, side: int = 28, seed: int = 0, coarse: int = 1) -> NDArray[np.uint8]:
+    """Squares of `coarse` pixels along a side, each of its own grey."""
+    squares = np.random.default_rng(seed).integers(0, 256, (count, side // coarse, side // coarse)).astype(np.uint8)
+    return squares.repeat(coarse, axis=1).repeat(coarse, axis=2)
 
 
 def _raw() -> Coded:
@@ -123,7 +125,7 @@ def test_similarity_is_scikit_images() -> None:
 def test_recalling_what_is_stored_is_exact_and_recalling_another_is_not() -> None:
     raw = _raw()
     codes = raw.encode(whole(_pictures(6)))
-    bank = Bank(torch.from_numpy(codes))
+    bank = Bank.of(torch.from_numpy(codes))
     own = np.array([4, 1, 2])
     for asked, share in ((own, 1.0), (np.array([4, 0, 3]), 1 / 3)):
         cues = bank.patterns[asked]
@@ -158,7 +160,7 @@ def test_equal_cells_are_lossless_and_let_nothing_outscore_the_memory() -> None:
     codes = cells.encode(pictures)
     np.testing.assert_allclose(np.linalg.norm(codes, axis=1), 28, rtol=1e-5)
     assert np.array_equal(cells.decode(codes)[..., 0], pixels)
-    bank, plain = Bank(torch.from_numpy(codes)), Bank(torch.from_numpy(encoder.encode_images(pictures).vectors))
+    bank, plain = Bank.of(torch.from_numpy(codes)), Bank.of(torch.from_numpy(encoder.encode_images(pictures).vectors))
     cue = cued(pictures[7:8], "half", "masked")
     assert int(bank.products(torch.from_numpy(cells.encode(cue))).argmax()) == 7
     assert int(plain.products(torch.from_numpy(encoder.encode_images(cue).vectors)).argmax()) != 7
@@ -223,7 +225,7 @@ def test_the_rank_of_a_collapsed_bank_is_one_memorys() -> None:
     pixels[29] = 255  # by dot, all fall on the brightest
     raw, stored = _raw(), whole(pixels)
     found = Findings("", "", 30, 0, 10, 10)
-    measure = Measured(found, raw, Bank(torch.from_numpy(raw.encode(stored))), np.arange(10), stored)
+    measure = Measured(found, raw, Bank.of(torch.from_numpy(raw.encode(stored))), np.arange(10), stored)
     measure.ranked(30)
     for beta in RANK_BETAS:
         trail = found.ranks["raw pixels"][beta]
@@ -235,9 +237,10 @@ def test_the_rank_of_a_collapsed_bank_is_one_memorys() -> None:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("HEN_DVAE", "HEN_VQ", "HEN_KL", "HEN_TINY"):
         monkeypatch.delenv(variable, raising=False)
-    drawings = np.repeat(_pictures(12, side=16, seed=1)[..., None], 3, axis=-1)
+    monkeypatch.setattr(hen_kernel_memory, "SCALES", (1.0,))
+    drawings = np.repeat(_pictures(12, side=16, seed=1, coarse=4)[..., None], 3, axis=-1)
     captions = tuple(f"picture {number // 2 if number < 4 else number}" for number in range(12))
-    monkeypatch.setattr(hen, "grey", lambda: Pictures("squares", _pictures(40), None, "drawn"))
+    monkeypatch.setattr(hen, "grey", lambda: Pictures("squares", _pictures(40, coarse=7), None, "drawn"))
     monkeypatch.setattr(hen, "colour", lambda seed, most: Pictures("drawings", drawings, captions, "drawn"))
     plan = hen.Plan(
         sizes=(20, 40), colour=(99,), cues=10, pictures=4, paper_betas=(20.0, 500.0), betas=(20.0, 500.0),
