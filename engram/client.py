@@ -292,7 +292,7 @@ class Collection:
     def wait_until_calibrated(self, timeout_s: float = 300.0) -> CollectionInfo:
         """Wait until the automatic calibration covers what is stored.
 
-        Raises `Unavailable` after `timeout_s`, and at once why a space's encoder cannot be used: none is made until then.
+        Raises `Unavailable` after `timeout_s`, and at once why a space's encoder cannot be used: none before.
         """
         deadline = time.monotonic() + timeout_s
         while (info := self.info()).calibration.state != "current":
