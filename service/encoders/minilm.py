@@ -9,18 +9,22 @@ Rules:
 - Texts are tokenised one by one: the library's batch call starts a thread per core, and whoever runs the process
   decides that.
 - An embedding is the mean over tokens, at unit length, as the model was trained.
+- The model reads English. What it cannot read is told: tokens outside its vocabulary, and those in another alphabet,
+  which it spells letter by letter. French, say, is read as if it were English, and nothing is told.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from unicodedata import name
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 from tokenizers import BertWordPieceTokenizer
 
+from service.encoders.fit import text_warnings
 from service.encoders.protocol import Encoded
 from service.encoders.weights import PackagedFile
 from service.errors import EmptyText
@@ -54,19 +58,18 @@ class MiniLM:
         )
 
     def encode(self, texts: Sequence[str]) -> Encoded:
-        """(batch) texts → (batch, 384) unit rows, with a warning for each text that was cut. Raises `EmptyText`."""
+        """(batch) texts → (batch, 384) unit rows, with warnings for each text that was cut or is no English. Raises
+        `EmptyText`.
+        """
         tokens: list[list[int]] = []
         warnings: list[tuple[str, ...]] = []
         for text in texts:
             if not text.strip():
                 raise EmptyText("the text has no words")
-            ids: list[int] = self._tokenizer.encode(text).ids
-            if len(ids) > TOKENS_MAX:
-                warnings.append((f"text cut to the model's length: {TOKENS_MAX} of {len(ids)} tokens kept",))
-                ids = [*ids[: TOKENS_MAX - 1], ids[-1]]
-            else:
-                warnings.append(())
-            tokens.append(ids)
+            found = self._tokenizer.encode(text)
+            ids: list[int] = found.ids
+            warnings.append(text_warnings(len(ids), TOKENS_MAX, sum(map(_unread, found.tokens))))
+            tokens.append(ids if len(ids) <= TOKENS_MAX else [*ids[: TOKENS_MAX - 1], ids[-1]])
         vectors = np.empty((len(texts), DIMENSION), dtype=np.float32)
         by_length = sorted(range(len(texts)), key=lambda i: len(tokens[i]))  # little padding within a batch
         start = 0
@@ -93,3 +96,9 @@ class MiniLM:
         pooled = np.einsum("btd,bt->bd", hidden, weights)
         unit: NDArray[np.float32] = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
         return unit
+
+
+def _unread(token: str) -> bool:
+    """Whether a token says nothing to the model: "[UNK]", or letters of which none is Latin ("##ж", "漢"; not "42")."""
+    letters = [letter for letter in token if letter.isalpha()]
+    return token == "[UNK]" or (bool(letters) and not any("LATIN" in name(letter, "") for letter in letters))
