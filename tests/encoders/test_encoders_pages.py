@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PAGES = Path(__file__).parents[2] / "docs" / "encoders"
-EXPECTED = {"README": "'sentence'", "pixels": "noise\n", "pixel_text": "noise\n", "sentence": "b\n"}
+EXPECTED = {"README": "'sentence'", "pixels": "noise\n", "pixel_text": "noise\n", "sentence": "b\n", "bridge": "cat\n"}
 
 
 @pytest.mark.parametrize("page", EXPECTED)

@@ -34,7 +34,7 @@ def test_many_threads_get_one_instance() -> None:
     with ThreadPoolExecutor(16) as pool:
         made = list(pool.map(lambda _: registry.make("bridge", {}), range(32)))
     assert len({id(encoder) for encoder in made}) == 1
-    assert made[0].dimension == 384
+    assert made[0].dimension == 768
 
 
 def test_the_instances_kept_are_bounded() -> None:
