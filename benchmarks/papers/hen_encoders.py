@@ -78,7 +78,7 @@ def at_hand(sample: Sequence[Picture], colour: bool) -> tuple[list[Coded], list[
     ]
     missing = []
     for name, label, options in [
-        ("codec", "codec", {}),
+        ("codec", "codec", {"centre": False}),
         *((name, label, _folder(variable)) for label, (name, variable) in _PAPERS.items()),
     ]:
         try:

@@ -41,9 +41,9 @@ DECLARED: dict[str, list[Corruption]] = {
 }
 SPACES: dict[str, dict[str, Any]] = {
     "photos": {
-        "image": {"encoder": "pixels", "options": {"size": 96}},
+        "image": {"encoder": "codec"},
         "joint": {"encoder": "bridge"},
-        "text": {"encoder": "bridge", "source": "text"},
+        "text": {"encoder": "sentence", "source": "text"},
     },
     "digits": {"image": {"encoder": "pixels", "options": {"size": 8, "colour": False}}},
     "faces": {"image": {"encoder": "pixels", "options": {"size": 25, "colour": False}}},

@@ -116,9 +116,9 @@ class RecallDefaults(Request):
 
 def default_spaces() -> dict[str, SpaceConfig]:
     return {
-        "image": SpaceConfig(encoder="pixels"),
+        "image": SpaceConfig(encoder="codec"),
         "joint": SpaceConfig(encoder="bridge"),
-        "text": SpaceConfig(encoder="bridge", source="text"),
+        "text": SpaceConfig(encoder="sentence", source="text"),
     }
 
 

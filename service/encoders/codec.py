@@ -13,6 +13,14 @@ so by inner product a hidden part never brings another memory before the cue's o
 seen; and inner product and cosine rank alike. Cells at the border of a mask are the exception: they see some of the
 fill.
 
+What that leaves is a share that all pictures have in common (two photographs have a cosine of .66), and under it a
+threshold for the unknown sees little. So by default most of each picture's mean cell m is taken out, as `pixels` does:
+
+    v_i = z_i - (1 - MEAN_WEIGHT) m,    m = mean of the cells seen
+
+which is linear, and inverted by `decode` (mean of v = MEAN_WEIGHT m), also for what a recall returns, a mean of
+latents. Two photographs then have a cosine of -.01 on average. `centre: false` gives the cells of unit length.
+
 Rules:
 - A cell is never zero, not even a black picture's: zero means hidden.
 - Hidden pixels are shown in the colours around them (surroundings.py): the analysis sees no farther than a cell.
@@ -23,17 +31,20 @@ Rules:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load
 from torch import nn
 from torch.nn import functional
 
 from service.encoders.grid import GridEncoder, GridOptions
-from service.encoders.protocol import Picture
+from service.encoders.protocol import Encoded, Picture
 from service.encoders.surroundings import surrounded
 from service.encoders.weights import PackagedFile
 
@@ -57,10 +68,14 @@ LEAK = 0.1
 """Slope of the networks' rectifiers under zero."""
 
 
-class CodecOptions(BaseModel):
-    """None: there is one network."""
+MEAN_WEIGHT = 1 / 32
+"""What is left of the mean cell: so little that cosine hardly sees it, enough for fp16 to return it."""
 
+
+class CodecOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    centre: bool = Field(True, description="take most of the mean cell out; false keeps all cells at unit length")
 
 
 class Analysis(nn.Module):
@@ -138,4 +153,28 @@ def make(options: CodecOptions, *, device: str, weights: PackagedFile = WEIGHTS)
     network.load_state_dict({name: tensor.float() for name, tensor in load(weights.read()).items()})
     network.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
     grid = GridOptions(model="codec", size=SIZE, precision="fp32")
-    return CodecEncoder("codec", network, grid, device=device, weights=weights.sha256[:32])
+    kind = CentredCodec if options.centre else CodecEncoder
+    return kind("codec", network, grid, device=device, weights=weights.sha256[:32])
+
+
+class CentredCodec(CodecEncoder):
+    """The latents less most of each picture's mean cell, and back."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.fingerprint += ",centred"
+
+    def encode_images(self, pictures: Sequence[Picture]) -> Encoded:
+        encoded = super().encode_images(pictures)
+        cells = encoded.vectors.reshape(len(pictures), -1, CHANNELS)
+        seen = cells.any(axis=2, keepdims=True)
+        mean = cells.sum(axis=1, keepdims=True) / seen.sum(axis=1, keepdims=True)
+        centred = np.where(seen, cells - (1 - MEAN_WEIGHT) * mean, np.float32(0))
+        return Encoded(centred.reshape(encoded.vectors.shape).astype(np.float32), encoded.warnings)
+
+    def decode(self, latents: NDArray[np.float32]) -> list[NDArray[np.uint8]]:
+        if latents.ndim != 2 or latents.shape[1] != self.dimension:
+            return super().decode(latents)  # which says what is wrong
+        cells = latents.astype(np.float32).reshape(len(latents), -1, CHANNELS)
+        mean = cells.mean(axis=1, keepdims=True)
+        return super().decode((cells + (1 / MEAN_WEIGHT - 1) * mean).reshape(latents.shape))

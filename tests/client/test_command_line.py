@@ -73,7 +73,7 @@ def test_store_and_recall_in_a_folder_and_then_through_its_server(
         assert "calibrating…" not in again.stdout
         listed = run_engram("collections", "--data", data)
         assert "memories" in listed.stdout
-        assert "image (pixels), joint (bridge), text (bridge)" in listed.stdout
+        assert "image (codec), joint (bridge), text (sentence)" in listed.stdout
 
         by_text = run_engram("recall", PHOTOS["rocket"].paraphrase, "--data", data, "--limit", 2)
         assert by_text.returncode == 0

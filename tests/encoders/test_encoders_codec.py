@@ -31,10 +31,17 @@ PHOTOGRAPHS = [
     SKLEARN / "flower.jpg",
 ]  # fmt: skip
 Pixels = NDArray[np.uint8]
+UNIT = CodecOptions(centre=False)
 
 
 @pytest.fixture(scope="module")
 def codec() -> GridEncoder:
+    """With cells of unit length."""
+    return codec_module.make(UNIT, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def centred() -> GridEncoder:
     return codec_module.make(CodecOptions(), device="cpu")
 
 
@@ -62,7 +69,8 @@ def test_it_is_an_encoder_and_a_decoder(codec: GridEncoder) -> None:
     assert isinstance(codec, Decoder)
     assert (codec.name, codec.takes) == ("codec", {"image"})
     assert codec.dimension == GRID * GRID * CHANNELS
-    assert registry.make("codec", {}).fingerprint == codec.fingerprint
+    assert registry.make("codec", {"centre": False}).fingerprint == codec.fingerprint
+    assert registry.make("codec", {}).fingerprint != codec.fingerprint
     with pytest.raises(InvalidRequest, match="images only"):
         codec.encode_texts(["a cat"])
     with pytest.raises(WrongDimension):
@@ -93,7 +101,7 @@ def test_half_precision_draws_the_same_picture(codec: GridEncoder, photographs: 
     )
 )
 def test_every_cell_of_any_picture_has_unit_length(pixels: Pixels) -> None:
-    made = registry.make("codec", {})
+    made = registry.make("codec", {"centre": False})
     lengths = np.linalg.norm(made.encode_images([Picture(pixels)]).vectors.reshape(-1, CHANNELS), axis=1)
     np.testing.assert_allclose(lengths, 1.0, atol=1e-5)
 
@@ -146,6 +154,47 @@ def test_a_cue_brings_its_own_memory_first_by_inner_product(codec: GridEncoder, 
         assert (cues @ bank.T).argmax(axis=1).tolist() == list(range(len(photographs)))
 
 
+def test_centred_latents_are_drawn_as_the_others_are(
+    codec: GridEncoder, centred: GridEncoder, photographs: list[Pixels]
+) -> None:
+    """Whole pictures, a mixture of them, and after rounding to half precision."""
+    pictures = [Picture(pixels) for pixels in photographs]
+    own, others = centred.encode_images(pictures).vectors, codec.encode_images(pictures).vectors
+    drawn = centred.decode(np.concatenate([own, own.mean(axis=0, keepdims=True)]))
+    expected = codec.decode(np.concatenate([others, others.mean(axis=0, keepdims=True)]))
+    rounded = centred.decode(own.astype(np.float16).astype(np.float32))
+    for picture, same in zip([*drawn, *rounded], [*expected, *expected[:-1]], strict=True):
+        assert np.abs(picture.astype(int) - same).max() <= 2
+    with pytest.raises(WrongDimension):
+        centred.decode(own[:, 1:])
+
+
+def test_centred_pictures_have_little_in_common(
+    codec: GridEncoder, centred: GridEncoder, photographs: list[Pixels]
+) -> None:
+    def mean_cosine(encoder: GridEncoder) -> float:
+        vectors = encoder.encode_images([Picture(pixels) for pixels in photographs]).vectors
+        unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        return float((unit @ unit.T)[~np.eye(len(unit), dtype=bool)].mean())
+
+    assert abs(mean_cosine(centred)) < 0.15 < mean_cosine(codec)
+
+
+@pytest.mark.parametrize("level", [0, 128, 255])
+def test_a_uniform_picture_is_no_zero_vector_when_centred(centred: GridEncoder, level: int) -> None:
+    vector = centred.encode_images([Picture(np.full((30, 50, 3), level, np.uint8))]).vectors
+    assert np.linalg.norm(vector) > 0.1
+    assert np.abs(centred.decode(vector)[0].astype(int) - level).max() <= 8
+
+
+def test_hidden_cells_stay_zero_when_centred(centred: GridEncoder, photographs: list[Pixels]) -> None:
+    observed = np.ones((SIZE, SIZE), np.bool_)
+    observed[:, SIZE // 2 :] = False
+    seen = cells(centred, Picture(photographs[1], observed))[0]
+    assert (seen[:, GRID // 2 :] == 0).all()
+    assert seen[:, : GRID // 2].any(axis=2).all()
+
+
 def test_nothing_observed_is_refused(codec: GridEncoder, photographs: list[Pixels]) -> None:
     with pytest.raises(NothingObserved):
         codec.encode_images([Picture(photographs[0], np.zeros((SIZE, SIZE), np.bool_))])
@@ -183,4 +232,4 @@ def test_weights_that_differ_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "other_service" / WEIGHTS.path).write_bytes(bytes(data))
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(WeightsRefused, match="sha256"):
-        codec_module.make(CodecOptions(), device="cpu", weights=dataclasses.replace(WEIGHTS, module="other_service"))
+        codec_module.make(UNIT, device="cpu", weights=dataclasses.replace(WEIGHTS, module="other_service"))

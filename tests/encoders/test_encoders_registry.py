@@ -57,7 +57,7 @@ def test_an_unknown_name_lists_those_there_are() -> None:
         ("pixels", {"sise": 32}, r"sise: .*it takes: size, colour, centre"),
         ("pixels", {"size": 3}, r"size: .*greater than or equal to 4"),
         ("pixels", {"size": 129}, r"size: .*less than or equal to 128"),
-        ("codec", {"size": 32}, r"size: .*it takes: none"),
+        ("codec", {"size": 32}, r"size: .*it takes: centre"),
         ("bridge", {"model": "x"}, r"model: .*it takes: none"),
         ("open_clip", {}, r"model: .*it takes: model, pretrained"),
         ("vq", {"model": "x", "precision": "int8"}, r"precision: .*'fp32', 'fp16' or 'bf16'"),
