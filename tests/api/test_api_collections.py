@@ -54,6 +54,7 @@ def test_life_of_a_collection(http: httpx.Client) -> None:
         "similarity": "cosine",
         "weight": 1.0,
         "decodable": False,
+        "problem": None,
     }
     problem(http.put(address, json={"spaces": VECTORS}), 409, "collection_exists")
     assert "life" in [c["name"] for c in http.get("/v1/collections").json()["collections"]]
