@@ -54,7 +54,8 @@ def report(measured: Measured, count: int, repetitions: int) -> str:
         "interleaved repetitions, each way in a process of its own. The bare model's pictures are decoded before its "
         "clock runs.",
         "",
-        "| encoders | | images a second | ÷ bare | of each repetition | in the model | its CPU ms each | peak MB | load |",
+        "| encoders | | images a second | ÷ bare | of each repetition | in the model | its CPU ms each | peak MB "
+        "| load |",
         "|---|---|--:|--:|---|--:|--:|--:|---|",
     ]
     for encoders in COLLECTIONS:
@@ -74,8 +75,8 @@ def report(measured: Measured, count: int, repetitions: int) -> str:
             lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "In the model: the share of the whole time that the pipeline's thread spent in the encoders' calls. Its CPU, an image: "
-        "what that thread had of a core meanwhile, which other programs hardly change.",
+        "In the model: the share of the whole time that the pipeline's thread spent in the encoders' calls. Its CPU, "
+        "an image: what that thread had of a core meanwhile, which other programs hardly change.",
         "",
         "A collection is calibrated, which runs its encoders over some hundred cues, once writes pause, or 30 s after "
         "the first: a run that takes longer than that includes it.",

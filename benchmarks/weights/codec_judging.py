@@ -40,7 +40,7 @@ TIMED, ROUNDS = 256, 7
 
 def run(results: Path) -> None:
     """Writes results/codec.md and the sheet."""
-    encoder = codec.make(codec.CodecOptions(), device="cpu")
+    encoder = codec.make(codec.CodecOptions(centre=False), device="cpu")
     cache = DOWNLOADS / "codec-pictures"
     trained_on = {name: rendered(name, cache) for name in SOURCES}
     sets = judging_sets(trained_on.values())

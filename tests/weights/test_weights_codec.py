@@ -192,7 +192,7 @@ def test_judging_without_the_stamps_says_what_to_install(tmp_path: Path, monkeyp
 
 
 def test_the_figures_of_a_small_set() -> None:
-    encoder = codec.make(codec.CodecOptions(), device="cpu")
+    encoder = codec.make(codec.CodecOptions(centre=False), device="cpu")
     judged = codec_sets.JudgingSet("leaves", leaves(3), 0)
     (table,) = codec_judging.reconstruction(encoder, [judged], (4, 60))
     cells = [cell.strip() for cell in table.splitlines()[-1].strip("|").split("|")]
@@ -205,7 +205,7 @@ def test_the_figures_of_a_small_set() -> None:
 
 def test_a_picture_is_its_own_mildest_cue() -> None:
     bank = [Picture(pixels) for pixels in leaves(12)]
-    for shares in codec_recall.identity(registry.make("codec", {}), bank)[:2]:
+    for shares in codec_recall.identity(registry.make("codec", {"centre": False}), bank)[:2]:
         assert shares == (1.0, 1.0)
 
 
