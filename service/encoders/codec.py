@@ -57,7 +57,7 @@ CHANNELS = 5
 WEIGHTS = PackagedFile(
     module="service",
     path="encoders/shipped/codec.safetensors",
-    sha256="9a726859822179bb7313380a6db6583cedc334d2b111e567cab331764944b54f",
+    sha256="3f95029f29b9b35f7ea9f2426709bebb3297974e7cfb3900e83dbade70cbf9ad",
     requirement="engram-memory",
 )
 
