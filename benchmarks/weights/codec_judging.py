@@ -32,7 +32,7 @@ from service.encoders.grid import GridEncoder
 from service.encoders.protocol import Picture
 
 SHEET = Path(__file__).parents[2] / "docs" / "codec-sheet.png"
-SHOWN = 10
+SHOWN = 8
 """Pictures of each set on the sheet."""
 
 TIMED, ROUNDS = 256, 7
