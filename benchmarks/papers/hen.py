@@ -74,7 +74,7 @@ PLANS: dict[Size, Plan] = {
     "full": Plan(
         sizes=(6_000, 8_000, 10_000, 15_000, 60_000),
         colour=(3_000, 100_000),
-        cues=300,
+        cues=200,
         pictures=100,
         paper_betas=(*PAPER_BETAS, *BEYOND),
         betas=BETAS,
