@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
 
+from benchmarks.weights import codec_judging
 from benchmarks.weights.codec_pictures import SOURCES, rendered
 from benchmarks.weights.codec_training import Plan, train
 from benchmarks.weights.data import DOWNLOADS
@@ -26,8 +28,6 @@ SHIPPED = Path(codec.__file__).with_name("shipped") / "codec.safetensors"
 
 def run(results: Path) -> None:
     """Renders, trains, writes the weights and their figures; says what their sha256 is, which codec.py holds."""
-    from benchmarks.weights import codec_judging
-
     cache = DOWNLOADS / "codec-pictures"
     sources = {name: (source.share, rendered(name, cache)) for name, source in SOURCES.items()}
     started = time.perf_counter()
@@ -40,8 +40,9 @@ def run(results: Path) -> None:
     weights = packed(train(sources, PLAN, report))
     SHIPPED.parent.mkdir(exist_ok=True)
     SHIPPED.write_bytes(weights)
-    print(f"{SHIPPED}: {len(weights):,} bytes, sha256 {hashlib.sha256(weights).hexdigest()}")
-    codec_judging.run(results)
+    shipped = replace(codec.WEIGHTS, sha256=hashlib.sha256(weights).hexdigest())
+    print(f"{SHIPPED}: {len(weights):,} bytes; service/encoders/codec.py holds their sha256: {shipped.sha256}")
+    codec_judging.run(results, shipped)
 
 
 def packed(network: codec.Codec) -> bytes:

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from benchmarks.papers.data import fashion
 from benchmarks.papers.report import formatted
-from service.encoders import registry
 from service.encoders.corruption import (
     Blur,
+    Brightness,
     Corruption,
     Jpeg,
     Mask,
@@ -28,7 +28,6 @@ from service.encoders.corruption import (
     Window,
     corrupt_picture,
 )
-from service.encoders.grid import GridEncoder
 from service.encoders.protocol import Encoder, Picture
 
 CUES = 1_000
@@ -37,6 +36,8 @@ CORRUPTIONS: tuple[Corruption, ...] = (
     Noise(sigma=0.1),
     Noise(sigma=0.3),
     Blur(sigma=0.02),
+    Brightness(factor=0.8),
+    Brightness(factor=1.2),
     Jpeg(quality=50),
     Window(share=0.6),
     Mask(share=0.25),
@@ -47,7 +48,7 @@ CORRUPTIONS: tuple[Corruption, ...] = (
 )
 
 
-def tables(codec: GridEncoder, trained_on: Mapping[str, NDArray[np.uint8]]) -> list[str]:
+def tables(encoders: Mapping[str, Encoder], trained_on: Mapping[str, NDArray[np.uint8]]) -> list[str]:
     """Markdown: one table for each bank."""
     clothes = np.repeat(fashion("test").pixels[..., None], 3, axis=3)
     # Whole pictures are every fifth and every third of these; that they were trained on judges recall all the same.
@@ -56,7 +57,6 @@ def tables(codec: GridEncoder, trained_on: Mapping[str, NDArray[np.uint8]]) -> l
         "Fashion-MNIST's test split, 28 x 28": clothes,
         "drawings and emoji of the training, 64 x 64": colours,
     }
-    encoders: dict[str, Encoder] = {"codec": codec, "pixels": registry.make("pixels", {})}
     parts = []
     for name, pixels in banks.items():
         bank = [Picture(each) for each in np.unique(pixels, axis=0)]

@@ -32,7 +32,9 @@ from service.encoders.codec import CELL, Codec
 MIXTURE = 0.1
 STEADY = 0.15
 SPREAD = 0.01
-"""Weights of the other parts of the loss beside the first. Ten times more of either costs a decibel."""
+"""Weights of the other parts of the loss beside the first. In short runs, 0.5 for STEADY cost 1.6 dB on clothes and 0.2
+on photographs, and 0.03 for SPREAD 0.9 and 0.2 more.
+"""
 
 LAST_FLOAT32 = 0.2
 LEARNING_RATE = 2e-3
