@@ -29,6 +29,7 @@ from engram.demo.data import PHOTOGRAPHS
 NEAR = 0.03
 """Root mean square difference, values from 0 to 1: about 8 levels of 255."""
 
+STAMPS_NAME = "objects photographed (Tux Paint)"
 STAMPS = Path("/usr/share/tuxpaint/stamps")
 DRAWN = ("cartoon", "symbols")
 """Folders of stamps that hold drawings and letters."""
@@ -67,7 +68,7 @@ def judging_sets(trained_on: Iterable[NDArray[np.uint8]]) -> list[JudgingSet]:
     found["emoji, held out"] = [square(each.picture()) for each in emoji]
     photographs = [Image.open(io.BytesIO(each.read()), formats=("PNG", "JPEG")).convert("RGB") for each in PHOTOGRAPHS]
     found["whole photographs"] = [square(image) for image in photographs]
-    found["objects photographed (Tux Paint)"] = [square(image) for image in stamps()]
+    found[STAMPS_NAME] = [square(image) for image in stamps()]
     known = torch.cat([thumbnails(pixels) for pixels in trained_on])
     sets = []
     for name, pictures in found.items():
