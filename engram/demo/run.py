@@ -49,7 +49,7 @@ STOP_S = 20.0  # a server answers what it has accepted before it stops
 POLL_S = 0.1
 LOG_COLUMNS = 120  # into a file or a pipe; a terminal has a width of its own
 WAIT_S = 300.0  # for one request: encoding a batch of photographs takes seconds, on a busy machine a minute
-SENTENCE = "a wild animal with whiskers"
+SENTENCE = "a kitten with whiskers"
 RECALL_BATCH = 10  # cues in one request: ten uncompressible pictures of 6 MB stay under the server's bound on a body
 
 

@@ -7,8 +7,9 @@ A vector is two blocks, each at unit length, so that an inner product is the wei
 
 - **meaning** (384), in the space of sentences. A picture: ConSE (Norouzi et al. 2014, equation 2), the mean of its
   likeliest classes' embeddings, here weighted by the square roots of their probabilities, plus a trained projection of
-  the features (benchmarks/weights/bridge.py), each at unit length before they are added: kept apart they would give a
-  text the same inner products with twice the numbers. A text: its embedding.
+  the features (benchmarks/weights/bridge.py), each at unit length before they are added. Kept apart they would give a
+  text the same inner products with twice the numbers. ConSE counts less where the likeliest classes hold little of the
+  probability: else a lawn, which looks like a hundred things, is the nearest to "an animal". A text: its embedding.
 - **seen** (384), in the space of classes. A picture: the square roots of its probabilities, whose inner product is
   Bhattacharyya's coefficient. A text: the softmax over classes of how near each class's words are to it. Both go
   through one random matrix, which keeps inner products to within 1/√384 and takes 1,000 numbers to 384.
@@ -120,7 +121,8 @@ class Parts:
 
     def image_vectors(self, features: NDArray[np.float32], probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
         """(batch, 1280) and (batch, 1000) → (batch, 768) at unit length."""
-        meaning = self.conse(probabilities) + self.projected(features)
+        held = np.sort(probabilities, axis=1)[:, -CLASSES_KEPT:].sum(axis=1, keepdims=True)
+        meaning = np.sqrt(held) * self.conse(probabilities) + self.projected(features)
         return _blocks(meaning, np.sqrt(probabilities) @ self.reduction)
 
     def text_vectors(self, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:

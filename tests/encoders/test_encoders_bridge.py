@@ -103,7 +103,8 @@ def test_a_picture_means_its_likeliest_classes_and_what_the_projection_says(
     likeliest = np.argsort(probabilities[0])[-CLASSES_KEPT:]
     conse = np.sqrt(probabilities[0, likeliest]) @ parts.classes[likeliest]
     projected = parts.projection @ features[0] + parts.bias
-    meaning = conse / np.linalg.norm(conse) + projected / np.linalg.norm(projected)
+    sure = np.sqrt(probabilities[0, likeliest].sum())
+    meaning = sure * conse / np.linalg.norm(conse) + projected / np.linalg.norm(projected)
     found = bridge.encode_images(photographs[:1]).vectors
     np.testing.assert_allclose(unit(found[:, :384]), unit(meaning[None]), atol=1e-4)
     np.testing.assert_allclose(unit(found[:, 384:]), unit(np.sqrt(probabilities) @ parts.reduction), atol=1e-4)
