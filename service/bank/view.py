@@ -80,7 +80,7 @@ class View:
 
         self.scan_values_max = scan_values_max
         self._matrices: dict[tuple[frozenset[Named], bool], Tensor] = {}
-        self._matrices_bytes_max = MATRIX_BYTES_MAX
+        self._matrices_share = 1  # one part in so many of what copies may take
         self._restricted: dict[Restriction, View] = {}
 
     @property
@@ -125,7 +125,7 @@ class View:
             rows = (part.row_of(memory_id) for memory_id in exclude)
             parts.append(part.restricted(clause, [row for row in rows if row is not None], self.scan_values_max))
         view = View(self.layout, self.device, tuple(parts), self.version, self.kernels, self.scan_values_max)
-        view._matrices_bytes_max = MATRIX_BYTES_MAX // RESTRICTIONS_KEPT  # together no more than this view's own
+        view._matrices_share = RESTRICTIONS_KEPT  # together no more than this view's own
         # Replaced by one assignment, as other readers may be looking.
         others = dict(list(self._restricted.items())[-RESTRICTIONS_KEPT + 1 :])
         self._restricted = {**others, (clause, exclude): view}
@@ -266,9 +266,10 @@ class View:
                 f"{MATRIX_BYTES_MAX:,} is the most: ask for a number of rows as support."
             )
         matrix = self.gather(rows[None], kernels, raw).squeeze(0)
-        if size_bytes <= self._matrices_bytes_max:
+        kept_bytes_max = MATRIX_BYTES_MAX // self._matrices_share
+        if size_bytes <= kept_bytes_max:
             # Replaced by one assignment, as other readers may be looking.
-            others = self._matrices if (len(self._matrices) + 1) * size_bytes <= self._matrices_bytes_max else {}
+            others = self._matrices if (len(self._matrices) + 1) * size_bytes <= kept_bytes_max else {}
             self._matrices = {**others, metric: matrix}
         return matrix, rows
 
