@@ -14,6 +14,8 @@ from benchmarks.papers.hen_findings import Answers, Asked, Findings, Method, She
 from service.core.similarity import Similarity
 
 _COLOURS = ("tab:gray", "tab:blue", "tab:cyan", "tab:red", "tab:orange", "tab:green", "tab:purple", "tab:brown")
+FRAME = 190
+
 _DASHES: dict[Similarity, str] = {"dot": "-", "neg_l2": ":", "cosine": "--"}
 
 # What the histograms show.
@@ -111,12 +113,14 @@ def overlaps(found: Findings) -> Figure:
 def sheet(pictures: Sheet) -> Figure:
     """Pictures in rows, each row with its label at the left; small ones enlarged to the size of the largest."""
     side = max(len(drawn) for row in pictures.rows for drawn in row)
-    step = side + max(2, side // 16)
+    step = side + max(4, side // 12)
     canvas = np.full((step * len(pictures.rows), step * len(pictures.columns), 3), 255, np.uint8)
     for row, drawn in enumerate(pictures.rows):
         for column, pixels in enumerate(drawn):
             enlarged = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
-            canvas[row * step : row * step + side, column * step : column * step + side] = np.asarray(enlarged)
+            top, left = 1 + row * step, 1 + column * step
+            canvas[top - 1 : top + side + 1, left - 1 : left + side + 1] = FRAME  # a white picture is seen to be one
+            canvas[top : top + side, left : left + side] = np.asarray(enlarged)
     figure = Figure(figsize=(1.05 * len(pictures.columns) + 2.4, 1.1 * len(pictures.rows) + 0.3))
     axis = figure.subplots()
     axis.imshow(canvas, interpolation="nearest")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.papers.hen_cues import Hidden, How
+from benchmarks.papers.hen_cues import HOWS, Hidden, How
 from benchmarks.papers.hen_encoders import Missing
 from benchmarks.papers.hen_kernel_memory import Shape
 from service.core.similarity import Similarity
@@ -183,5 +183,27 @@ def claim_words(findings: Findings, rows: Sequence[int]) -> str:
                     f". Raw pixels by dot, HEN's baseline: {answer.dissimilarity:.3f}, identity {answer.own:.2f} at "
                     f"its best β = {beta:g}"
                 )
+            if shared := findings.shared.get(asked):
+                sentence += f". Of these cues {shared:.1%} fit another memory exactly as well as their own"
             sentences.append(f"- {sentence}.")
     return "\n".join(sentences)
+
+
+def norm_words(findings: Findings, rows: int) -> str:
+    """Whether it is learning that makes masked recall exact, and what zeroing does; empty without both encoders."""
+    learned, plain = Method("codec", "dot"), Method("raw pixels, equal cells", "dot")
+    if not {learned, plain} <= set(findings.found):
+        return ""
+
+    def own(method: Method, how: How) -> float:
+        return best(findings.found[method][Asked("half", how, rows)])[1].own
+
+    told, untold = ([own(method, how) for method in (learned, plain)] for how in HOWS[::-1])
+    verdict = "Nothing is learned in the second, so the norm does it. " if told[1] >= round(told[0], 2) - 0.005 else ""
+    return (
+        "\n- What the codec and the pixels with equal cells have in common is one norm of all cells, and zeros for what "
+        f"is hidden: identity {told[0]:.2f} and {told[1]:.2f} at {rows:,} memories, "
+        f"{findings.dimensions['codec']:,} values a memory against "
+        f"{findings.dimensions['raw pixels, equal cells']:,}. {verdict}Where the hidden part is black instead, they keep "
+        f"{untold[0]:.2f} and {untold[1]:.2f}: black is a claim, and other memories are black there."
+    )

@@ -98,9 +98,7 @@ def break_uniqueness(found: Findings, coded: Coded, codes: Tensor, said: Tensor)
     pairs = torch.from_numpy(np.random.default_rng(SEED).permutation(len(codes))[: 2 * PAIRS]).reshape(PAIRS, 2)
     said = said.clone()
     said[pairs[:, 1]] = said[pairs[:, 0]]
-    sheet = found.sheets.setdefault(
-        "shared", Sheet(("stored, one", "stored, the other", "after one step", "settled"), [], [])
-    )
+    sheet = found.sheets.setdefault("shared", Sheet(("one", "the other", "after one step", "settled"), [], []))
     for similarity in ("dot", "cosine"):
         memories = Associated(codes, said, similarity)
         step, settled = (

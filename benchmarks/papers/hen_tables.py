@@ -19,6 +19,7 @@ from benchmarks.papers.hen_findings import (
     best,
     claim_words,
     exact_from,
+    norm_words,
 )
 from benchmarks.papers.hen_kernel_memory import ROWS_MAX
 from benchmarks.papers.report import Cell, Report
@@ -64,7 +65,8 @@ def write(report: Report, findings: Sequence[Findings], lacking: str | None) -> 
         if "shared" in found.sheets:
             report.text(
                 "Uniqueness broken (HEN, figure 6): two memories with one caption. One step gives their mixture. After "
-                "more steps rounding may let one of them win, which means nothing: both fit the cue alike. The service "
+                "more steps rounding may let one of them win, which means nothing: both fit the cue alike; by dot, "
+                "another may that scores higher with the mixture (of raw pixels the whitest, a blank). The service "
                 "takes scores within rounding of the best as one, so that its mixture stays one, and judges the cue "
                 "`ambiguous` by the odds at the cue, before any step."
             )
@@ -96,10 +98,12 @@ tables 1 to 5, figures 2, 3, 6 and 7. The paper's pictures are COCO's, which no 
 
 - *1 - SSIM*, *MSE*: decode(recalled) against decode(stored), values from 0 to 1, never against the original picture.
   *Identity share*: the cues whose own memory has the largest weight where the dynamics settled.
-- Cues: {HIDDEN_WORDS}. *zeroed*: the hidden part is black, and the encoder is not told (the paper's). *masked*: the
-  encoder is told (the service's), and says nothing of what is hidden.
+- Cues: {HIDDEN_WORDS}.
+  *zeroed*: the hidden part is black and the encoder is not told, as the paper's occlusion is read here. *masked*: the
+  encoder is told (the service's way), and says nothing of what is hidden.
 - *dot* and *L2* (-‖ξ - x‖²) on the codes as they are, as the paper; *cosine* is the service's. Softmax, all rows, until
-  it rests or ten steps. β: the paper's 20 to 500, and 1,000 to 10,000.
+  it rests or ten steps. β: the paper's 20 to 500, and 1,000 to
+  10,000; none under 20 was asked for.
 - *Equal cells*: every cell of the code's grid at one norm, hidden cells zero, which the paper's one-hot codes have of
   themselves (`hen_encoders.py`). Dot, L2 and cosine then rank alike and differ in the scale of β: by dot alone.
 
@@ -115,7 +119,7 @@ Not at hand: {absent}.
 def _summary(found: Findings) -> str:
     """What the tables of a set show."""
     sizes = [rows for rows in found.sizes if rows in (15_000, found.sizes[-1])]
-    text = f"**{found.name}, half hidden.**\n\n{claim_words(found, sizes)}"
+    text = f"**{found.name}, half hidden.**\n\n{claim_words(found, sizes)}{norm_words(found, sizes[-1])}"
     for memories in found.kernels:
         at = {rows: answer for (how, rows), answer in memories.by_rows.items() if how == "masked"}
         text += (
