@@ -201,9 +201,9 @@ def norm_words(findings: Findings, rows: int) -> str:
     told, untold = ([own(method, how) for method in (learned, plain)] for how in HOWS[::-1])
     verdict = "Nothing is learned in the second, so the norm does it. " if told[1] >= round(told[0], 2) - 0.005 else ""
     return (
-        "\n- What the codec and the pixels with equal cells have in common is one norm of all cells, and zeros for what "
-        f"is hidden: identity {told[0]:.2f} and {told[1]:.2f} at {rows:,} memories, "
+        "\n- What the codec and the pixels with equal cells have in common is one norm of all cells, and zeros for "
+        f"what is hidden: identity {told[0]:.2f} and {told[1]:.2f} at {rows:,} memories, "
         f"{findings.dimensions['codec']:,} values a memory against "
-        f"{findings.dimensions['raw pixels, equal cells']:,}. {verdict}Where the hidden part is black instead, they keep "
-        f"{untold[0]:.2f} and {untold[1]:.2f}: black is a claim, and other memories are black there."
+        f"{findings.dimensions['raw pixels, equal cells']:,}. {verdict}Where the hidden part is black instead, they "
+        f"keep {untold[0]:.2f} and {untold[1]:.2f}: black is a claim, and other memories are black there."
     )
