@@ -57,7 +57,7 @@ class Alike:
         if self.whole is not None:
             return [f"nearly the same as memory {self.whole}: no cue will tell the two apart"]
         by_other: dict[str, list[str]] = {}
-        for space, other in self.spaces.items():
+        for space, other in sorted(self.spaces.items()):
             by_other.setdefault(other, []).append(space)
         return [
             f"nearly the same as memory {other} in {' and '.join(spaces)}: a cue of that alone will not tell the two "
