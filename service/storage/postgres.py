@@ -11,8 +11,9 @@ Rules:
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event, make_url, text
 from sqlalchemy.exc import ArgumentError
@@ -31,6 +32,13 @@ ASK_AGAIN_S = 0.5
 """Between two tries to reach a server that went away in the middle of a commit."""
 
 LOCK_KEY = 0x656E6772  # "engr": the advisory lock of an engine; the second half is the schema's number
+
+HELD_WAIT_S = 5.0
+"""How long an engine waits for the one before it: the session of a server that was killed ends when PostgreSQL sees
+that its socket is closed, which is milliseconds after and no moment of ours."""
+
+ASK_FREE_S = 0.05
+"""Between two tries for the lock."""
 
 READ = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
 """Execution options of a connection that only reads."""
@@ -126,15 +134,23 @@ def _stands(engine: Engine, number: str, stopping: threading.Event) -> bool:
 
 @contextmanager
 def sole_use(engine: Engine) -> Iterator[None]:
-    """Hold the database (more exactly: the schema in use) for this engine alone. Raises `DatabaseInUse`."""
+    """Hold the database (more exactly: the schema in use) for this engine alone. Raises `DatabaseInUse` where another
+    still does after `HELD_WAIT_S`.
+    """
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.detach()  # it is nobody else's any more, and closing it ends its session, which holds the lock
         schema = connection.execute(text("SELECT current_schema()::regnamespace::oid::int")).scalar_one()
         keys = {"first": LOCK_KEY, "second": schema}
-        ours = connection.execute(text("SELECT pg_try_advisory_lock(:first, :second)"), keys).scalar_one()
-        if not ours:
-            raise DatabaseInUse("Another Engram server has this database open; several on one are not served yet.")
-        yield
+        deadline = time.monotonic() + HELD_WAIT_S
+        while not connection.execute(text("SELECT pg_try_advisory_lock(:first, :second)"), keys).scalar_one():
+            if time.monotonic() >= deadline:
+                raise DatabaseInUse("Another Engram server has this database open; several on one are not served yet.")
+            time.sleep(ASK_FREE_S)
+        try:
+            yield
+        finally:
+            with suppress(EngramError):  # a session that is lost holds nothing
+                connection.execute(text("SELECT pg_advisory_unlock(:first, :second)"), keys)
 
 
 def _translate(context: ExceptionContext) -> None:

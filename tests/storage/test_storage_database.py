@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 from shutil import copy
@@ -253,6 +254,22 @@ def test_a_second_engine_on_one_database_is_refused(database, tmp_path, new_data
         Database.open(new_database(tmp_path))
     database.close()
     Database.open(new_database(tmp_path)).close()
+
+
+@postgres_only
+def test_an_engine_waits_for_the_one_before_it(database, tmp_path, new_database):
+    leaving = threading.Timer(0.5, database.close)
+    leaving.start()
+    Database.open(new_database(tmp_path)).close()
+    leaving.join()
+
+
+@postgres_only
+def test_a_closed_engine_leaves_the_database_free_at_once(database, tmp_path, new_database, monkeypatch):
+    monkeypatch.setattr("service.storage.postgres.HELD_WAIT_S", 0.0)
+    database.close()
+    for _ in range(50):
+        Database.open(new_database(tmp_path)).close()
 
 
 @pytest.mark.parametrize(
