@@ -77,7 +77,7 @@ class Client:
         `duplicates`.
         """
         given = {"spaces": spaces, **config}
-        self._transport.create_collection(name, {key: value for key, value in given.items() if value is not None})
+        self._transport.call("create_collection", {"collection": name}, _given(**given))
         return self.collection(name)
 
     def collection(self, name: str) -> Collection:
@@ -85,21 +85,21 @@ class Client:
         return Collection(name, self._transport, self._timeout_s)
 
     def collections(self) -> list[CollectionInfo]:
-        return [CollectionInfo.of(body) for body in self._transport.list_collections()]
+        return [CollectionInfo.of(body) for body in self._transport.call("list_collections", {})["collections"]]
 
     def encoders(self) -> list[EncoderInfo]:
         """The encoders there are, and whether their weights are where the engine runs."""
-        return [EncoderInfo.of(body) for body in self._transport.list_encoders()]
+        return [EncoderInfo.of(body) for body in self._transport.call("list_encoders", {})["encoders"]]
 
     def delete_collection(self, name: str) -> None:
-        self._transport.delete_collection(name)
+        self._transport.call("delete_collection", {"collection": name})
 
     def operation(self, operation_id: str) -> Operation:
-        return Operation.of(self._transport.get_operation(operation_id))
+        return Operation.of(self._transport.call("get_operation", {"id": operation_id}))
 
     def cancel(self, operation_id: str) -> Operation:
         """End an operation that is queued or running; what it has done so far is kept. Raises `Conflict`."""
-        return Operation.of(self._transport.cancel_operation(operation_id))
+        return Operation.of(self._transport.call("cancel_operation", {"id": operation_id}))
 
     def close(self) -> None:
         self._transport.close()
@@ -141,7 +141,7 @@ class Collection:
         version: int | None = None
 
         def send(sent: list[Body]) -> Body:
-            return self._transport.store(self.name, {"memories": sent, "wait": wait, "timeout_s": self._timeout_s})
+            return self._call("store", {"memories": sent, "wait": wait, "timeout_s": self._timeout_s})
 
         for request, reply in answered(_requests(memories, batch), send):
             answers: Iterator[StoredItem] = iter(())
@@ -193,7 +193,7 @@ class Collection:
             request["negatives"] = [_cue(cue) for cue in negatives]
         if target_tpr is not None:
             request["target_tpr"] = target_tpr
-        return Operation.of(self._transport.train(self.name, request))
+        return Operation.of(self._call("train", request))
 
     def reencode(
         self,
@@ -212,24 +212,24 @@ class Collection:
         """
         given = _given(encoder=encoder, options=None if options is None else dict(options))
         request = given | {"drop_without_original": drop_without_original}
-        operation = Operation.of(self._transport.reencode(self.name, space, request))
+        operation = Operation.of(self._call("reencode", request, space=space))
         while wait and operation.status in ("queued", "running"):
             time.sleep(POLL_S)
-            operation = Operation.of(self._transport.get_operation(operation.id))
+            operation = Operation.of(self._transport.call("get_operation", {"id": operation.id}))
         if wait:
             operation.check()
         return operation
 
     def get(self, memory_id: str) -> Memory:
         """Raises `MemoryNotFound`."""
-        return Memory.of(self._transport.get_memory(self.name, memory_id))
+        return Memory.of(self._call("get_memory", id=memory_id))
 
     def get_many(self, ids: Iterable[str]) -> list[Memory]:
         """Those of `ids` that exist, in the order asked for."""
         wanted = list(ids)
         found: list[Memory] = []
         for start in range(0, len(wanted), PAGE):
-            reply = self._transport.get_memories(self.name, {"ids": wanted[start : start + PAGE]})
+            reply = self._call("get_memories", {"ids": wanted[start : start + PAGE]})
             found += map(Memory.of, reply["memories"])
         return found
 
@@ -240,7 +240,7 @@ class Collection:
         """
         request: Body = _given(filter=filter, limit=batch)
         while True:
-            reply = self._transport.scroll(self.name, request)
+            reply = self._call("scroll", request)
             yield from map(Memory.of, reply["memories"])
             if reply["next_cursor"] is None:
                 return
@@ -248,7 +248,7 @@ class Collection:
 
     def content(self, memory_id: str) -> bytes:
         """The stored original, byte for byte."""
-        return self._transport.get_content(self.name, memory_id)
+        return self._transport.content(self.name, memory_id)
 
     def delete(
         self,
@@ -263,31 +263,31 @@ class Collection:
         """
         asked = [ids] if isinstance(ids, str) else None if ids is None else list(ids)
         request = _given(ids=asked, filter=filter, dry_run=dry_run)
-        deleted: list[str] = self._transport.delete_memories(self.name, request)["deleted"]
+        deleted: list[str] = self._call("delete_memories", request)["deleted"]
         return deleted
 
     def count(self, filter: Mapping[str, Any] | None = None) -> int:
         """How many memories there are, or a filter keeps."""
-        return int(self._transport.count(self.name, _given(filter=filter))["count"])
+        return int(self._call("count", _given(filter=filter))["count"])
 
     def info(self) -> CollectionInfo:
-        return CollectionInfo.of(self._transport.get_collection(self.name))
+        return CollectionInfo.of(self._call("get_collection"))
 
     def kernels(self) -> list[dict[str, Any]]:
         """The kernels that were trained, with their training records."""
-        kernels: list[dict[str, Any]] = self._transport.list_kernels(self.name)["kernels"]
+        kernels: list[dict[str, Any]] = self._call("list_kernels")["kernels"]
         return kernels
 
     def retire_kernel(self, kernel_id: str) -> None:
         """Go on without a kernel that is in use."""
-        self._transport.retire_kernel(self.name, kernel_id)
+        self._call("retire_kernel", kernel=kernel_id)
 
     def diagnostics(self) -> Diagnostics:
         """Margins, fixed points, rank, capacity, near-duplicates, β and memory: how well its memories are told apart.
 
         Takes seconds for a large collection.
         """
-        return Diagnostics.of(self._transport.get_diagnostics(self.name))
+        return Diagnostics.of(self._call("get_diagnostics"))
 
     def wait_until_calibrated(self, timeout_s: float = 300.0) -> CollectionInfo:
         """Wait until the automatic calibration covers what is stored.
@@ -303,8 +303,11 @@ class Collection:
             time.sleep(POLL_S)
         return info
 
+    def _call(self, operation: str, body: Body | None = None, **path: str) -> Body:
+        return self._transport.call(operation, {"collection": self.name, **path}, body)
+
     def _recalls(self, request: Body) -> list[Recall]:
-        reply = self._transport.recall(self.name, request)
+        reply = self._call("recall", request)
         shared = {"version": reply["version"], "timings_ms": reply["timings_ms"]}
         return [Recall.of({**result, **shared}) for result in reply["results"]]
 

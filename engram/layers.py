@@ -10,7 +10,7 @@ This module imports torch; `import engram` does not.
 from service.core.heads import Association, RandomFeatures, RandomRows, TopK, Window
 from service.core.kernel import separation_loss
 from service.core.layers import Hopfield, HopfieldLayer, HopfieldPooling
-from service.core.separation import Entmax, KSubsets, Polynomial
+from service.core.names import Entmax, KSubsets, Polynomial
 
 __all__ = [
     "Association",

@@ -16,6 +16,7 @@ from urllib.parse import quote
 import httpx
 import orjson
 
+from service.app.operations import OPERATIONS, STREAMS, Route
 from service.errors import EngramError, ItemError, Unavailable, error_classes
 
 Body = dict[str, Any]
@@ -26,26 +27,11 @@ MULTIPART_BYTES_MIN = 2**20  # pictures above this go as file parts: base64 make
 
 
 class Transport(Protocol):
-    def create_collection(self, name: str, config: Body) -> Body: ...
-    def get_collection(self, name: str) -> Body: ...
-    def get_diagnostics(self, name: str) -> Body: ...
-    def list_collections(self) -> list[Body]: ...
-    def list_encoders(self) -> list[Body]: ...
-    def delete_collection(self, name: str) -> None: ...
-    def store(self, name: str, request: Body) -> Body: ...
-    def recall(self, name: str, request: Body) -> Body: ...
-    def train(self, name: str, request: Body) -> Body: ...
-    def reencode(self, name: str, space: str, request: Body) -> Body: ...
-    def list_kernels(self, name: str) -> Body: ...
-    def retire_kernel(self, name: str, kernel_id: str) -> None: ...
-    def get_memory(self, name: str, memory_id: str) -> Body: ...
-    def get_content(self, name: str, memory_id: str) -> bytes: ...
-    def get_memories(self, name: str, request: Body) -> Body: ...
-    def scroll(self, name: str, request: Body) -> Body: ...
-    def delete_memories(self, name: str, request: Body) -> Body: ...
-    def count(self, name: str, request: Body) -> Body: ...
-    def get_operation(self, operation_id: str) -> Body: ...
-    def cancel_operation(self, operation_id: str) -> Body: ...
+    def call(self, operation: str, path: Mapping[str, str], body: Body | None = None) -> Body:
+        """Ask for an operation of the table; its reply, {} where there is none."""
+        ...
+
+    def content(self, collection: str, memory_id: str) -> bytes: ...
     def close(self) -> None: ...
 
 
@@ -58,93 +44,42 @@ class HttpTransport:
         except (httpx.InvalidURL, ValueError) as error:
             raise Unavailable(f"{url!r} is not an address: {error}") from None
 
-    def create_collection(self, name: str, config: Body) -> Body:
-        return self._json("PUT", _path("collections", name), config)
+    def call(self, operation: str, path: Mapping[str, str], body: Body | None = None) -> Body:
+        asked = OPERATIONS[operation]
+        response = self._send(asked, path, body)
+        if asked.reply is None:
+            return {}
+        try:
+            answer: Body = response.json()
+        except ValueError:
+            raise Unavailable(f"{response.url} answered {operation} with something other than JSON") from None
+        return answer
 
-    def get_collection(self, name: str) -> Body:
-        return self._json("GET", _path("collections", name))
-
-    def get_diagnostics(self, name: str) -> Body:
-        return self._json("GET", _path("collections", name, "diagnostics"))
-
-    def list_collections(self) -> list[Body]:
-        collections: list[Body] = self._json("GET", _path("collections"))["collections"]
-        return collections
-
-    def list_encoders(self) -> list[Body]:
-        encoders: list[Body] = self._json("GET", _path("encoders"))["encoders"]
-        return encoders
-
-    def delete_collection(self, name: str) -> None:
-        self._send("DELETE", _path("collections", name))
-
-    def store(self, name: str, request: Body) -> Body:
-        return self._json("POST", _path("collections", name, "store"), request)
-
-    def recall(self, name: str, request: Body) -> Body:
-        return self._json("POST", _path("collections", name, "recall"), request)
-
-    def train(self, name: str, request: Body) -> Body:
-        return self._json("POST", _path("collections", name, "train"), request)
-
-    def reencode(self, name: str, space: str, request: Body) -> Body:
-        return self._json("POST", _path("collections", name, "spaces", space, "reencode"), request)
-
-    def list_kernels(self, name: str) -> Body:
-        return self._json("GET", _path("collections", name, "kernels"))
-
-    def retire_kernel(self, name: str, kernel_id: str) -> None:
-        self._send("DELETE", _path("collections", name, "kernels", kernel_id))
-
-    def get_memory(self, name: str, memory_id: str) -> Body:
-        return self._json("GET", _path("collections", name, "memories", memory_id))
-
-    def get_content(self, name: str, memory_id: str) -> bytes:
-        return self._send("GET", _path("collections", name, "memories", memory_id, "content")).content
-
-    def get_memories(self, name: str, request: Body) -> Body:
-        return self._json("POST", _path("collections", name, "memories", "get"), request)
-
-    def scroll(self, name: str, request: Body) -> Body:
-        return self._json("POST", _path("collections", name, "memories", "scroll"), request)
-
-    def delete_memories(self, name: str, request: Body) -> Body:
-        return self._json("POST", _path("collections", name, "memories", "delete"), request)
-
-    def count(self, name: str, request: Body) -> Body:
-        return self._json("POST", _path("collections", name, "memories", "count"), request)
-
-    def cancel_operation(self, operation_id: str) -> Body:
-        return self._json("DELETE", _path("operations", operation_id))
-
-    def get_operation(self, operation_id: str) -> Body:
-        return self._json("GET", _path("operations", operation_id))
+    def content(self, collection: str, memory_id: str) -> bytes:
+        return self._send(STREAMS["get_content"], {"collection": collection, "id": memory_id}).content
 
     def close(self) -> None:
         self._http.close()
 
-    def _json(self, method: str, path: str, body: Body | None = None) -> Body:
-        response = self._send(method, path, body)
-        try:
-            answer: Body = response.json()
-        except ValueError:
-            raise Unavailable(f"{self.url} answered {method} {path} with something other than JSON") from None
-        return answer
-
-    def _send(self, method: str, path: str, body: Body | None = None) -> httpx.Response:
+    def _send(self, route: Route, path: Mapping[str, str], body: Body | None = None) -> httpx.Response:
+        method, address = route.method, _address(route.path, path)
         sent: dict[str, Any] = {}
-        if body is not None:
+        if body is not None and method in ("GET", "DELETE"):
+            sent = {"params": body}
+        elif body is not None:
             fields, files = _parts(body)
             if sum(map(len, files.values())) > MULTIPART_BYTES_MIN:
                 sent = {"data": {name: _field(value) for name, value in fields.items()}, "files": files}
             else:
                 sent = {"content": _dump(body), "headers": {"Content-Type": "application/json"}}
         try:
-            response = self._http.request(method, path, **sent)
+            response = self._http.request(method, address, **sent)
         except httpx.ConnectError:
             raise Unavailable(f"no server answers at {self.url}; start one with: engram serve") from None
         except httpx.TimeoutException:
-            raise Unavailable(f"{self.url} did not answer {method} {path} in {self._http.timeout.read:g} s") from None
+            raise Unavailable(
+                f"{self.url} did not answer {method} {address} in {self._http.timeout.read:g} s"
+            ) from None
         except httpx.HTTPError as error:
             raise Unavailable(f"the connection to {self.url} broke: {error}") from None
         if response.is_success:
@@ -170,9 +105,9 @@ def error_of(response: httpx.Response) -> EngramError:
     return error
 
 
-def _path(*parts: str) -> str:
-    """`/v1/...`, each part escaped whole: an id may hold slashes, or be `..`, and they are its own."""
-    return "/v1/" + "/".join(quote(part, safe="").replace(".", "%2E") for part in parts)
+def _address(template: str, path: Mapping[str, str]) -> str:
+    """Each part is escaped whole: an id may hold slashes, or be `..`, and they are its own."""
+    return template.format_map({name: quote(part, safe="").replace(".", "%2E") for name, part in path.items()})
 
 
 def _parts(body: Body) -> tuple[Body, dict[str, bytes]]:

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from benchmarks.core.measure import Spread, Timed, in_turn
 from service.bank import Bank, Found, Layout, Rows, SpaceLayout
+from service.core.names import Entmax, KSubsets, Polynomial, Separation, named
 from service.core.retrieve import retrieve
-from service.core.separation import Entmax, KSubsets, Polynomial, Separation, named, separate
+from service.core.separation import separate
 from service.core.similarity import Blocks
 
 RESULTS = Path(__file__).with_name("results.md")

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from service.core.similarity import Similarity
+from service.core.names import Similarity
 from service.encoders.cells import observed_share
 from service.encoders.protocol import Decoder, Encoder, Picture
 from service.encoders.registry import make

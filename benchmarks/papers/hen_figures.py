@@ -11,7 +11,7 @@ from PIL import Image
 
 from benchmarks.papers.hen_cues import HOWS, Hidden, How
 from benchmarks.papers.hen_findings import Answers, Asked, Findings, Method, Sheet
-from service.core.similarity import Similarity
+from service.core.names import Similarity
 
 _COLOURS = ("tab:gray", "tab:blue", "tab:cyan", "tab:red", "tab:orange", "tab:green", "tab:purple", "tab:brown")
 FRAME = 190

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from benchmarks.papers.hen_cues import HOWS, Hidden, How
 from benchmarks.papers.hen_encoders import Missing
 from benchmarks.papers.hen_kernel_memory import Shape
-from service.core.similarity import Similarity
+from service.core.names import Similarity
 
 SIMILARITY_WORDS: dict[Similarity, str] = {"dot": "dot", "neg_l2": "L2", "cosine": "cosine"}
 

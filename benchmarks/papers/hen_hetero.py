@@ -26,7 +26,7 @@ from benchmarks.papers.hen_judge import judged
 from benchmarks.papers.hen_recall import STEPS_MAX, Bank, Settled, settle
 from benchmarks.papers.hen_sets import Pictures
 from benchmarks.papers.report import Report
-from service.core.similarity import Similarity
+from service.core.names import Similarity
 from service.encoders.minilm import MiniLM
 from service.encoders.pixel_text import draw_hash
 from service.encoders.protocol import Picture

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from service.core.certificate import softmax_bound
+from service.core.names import Similarity
 from service.core.separation import separate
-from service.core.similarity import Similarity
 from service.core.update import association
 
 MASS = 1e-7

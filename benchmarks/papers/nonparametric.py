@@ -35,7 +35,7 @@ from benchmarks.papers.report import Cell, Report, Size
 from engram.layers import Association, Hopfield, RandomFeatures, RandomRows, TopK, Window
 from service.core.features import draw
 from service.core.heads import Memory
-from service.core.similarity import Similarity
+from service.core.names import Similarity
 
 # As many as pixels: one rotation's worth.
 FEATURES = 784

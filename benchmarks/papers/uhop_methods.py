@@ -21,9 +21,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from service.core.names import Polynomial, Separation, Similarity, entmax, named
 from service.core.retrieve import retrieve
-from service.core.separation import Polynomial, Separation, entmax, named, separate
-from service.core.similarity import Blocks, Kernel, Similarity, normalise_rows, scores
+from service.core.separation import separate
+from service.core.similarity import Blocks, Kernel, normalise_rows, scores
 
 # β is tuned on this grid, two to a factor of ten: from the mean image (10^-3 on squared distances) to the best row
 # alone (10^5 on unit features whose scores differ by 10^-4).

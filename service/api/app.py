@@ -13,6 +13,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 
 import orjson
 from fastapi import APIRouter, Depends, FastAPI, Path, Request, Response
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
@@ -368,6 +369,11 @@ async def get_metrics(engine: Engine_) -> Response:
     return Response(generate_latest(engine.resources.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
+def _operation_id(route: APIRoute) -> str:
+    """The operation's name in the table (`service.app.operations`): a route's function is called what it does."""
+    return route.name
+
+
 def _document(app: FastAPI) -> dict[str, Any]:
     """The OpenAPI document, with the bodies that routes read by themselves among its schemas."""
     document = FastAPI.openapi(app)
@@ -386,7 +392,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
 
 def create_app(engine: Engine | None, *, api_key: str | None = None, body_bytes_max: int | None = None) -> FastAPI:
     """The application over an open engine (None only to generate the OpenAPI document)."""
-    app = FastAPI(title="Engram", version="1", description=DESCRIPTION)
+    app = FastAPI(title="Engram", version="1", description=DESCRIPTION, generate_unique_id_function=_operation_id)
     app.state.engine = engine
     app.state.pool = Pool()
     app.router.routes.append(Route(v1.prefix + RECALL, recall, methods=["POST"]))

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from service.app.fields import Name, Reply, Request
-from service.core.kernel import Objective, Start
+from service.core.names import Objective, Start
 from service.encoders.corruption import Corruption
 
 

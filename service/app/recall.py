@@ -35,8 +35,9 @@ from service.bank import Found, View
 from service.core.beta import auto_beta
 from service.core.certificate import softmax_bound, sparse_exact
 from service.core.filter import Clause
+from service.core.names import Separation
 from service.core.retrieve import Outcome, retrieve, rounding_of
-from service.core.separation import Separation, separate
+from service.core.separation import separate
 from service.core.similarity import overlaps
 from service.core.support import top_k
 from service.core.update import association

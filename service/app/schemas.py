@@ -37,8 +37,7 @@ from service.app.fields import (
 from service.app.filter_schemas import IDS_MAX, FilterSpec
 from service.app.gate_schemas import CalibrationInfo, GateConfig, TargetTpr
 from service.app.kernel_schemas import KernelInUse, TrainKernel
-from service.core.separation import ALPHA_MAX, Separation, entmax
-from service.core.similarity import Similarity
+from service.core.names import ALPHA_MAX, Separation, Similarity, entmax
 from service.encoders.cards import Card
 from service.encoders.corruption import Corruption
 from service.encoders.picture import PictureFormat

@@ -20,7 +20,7 @@ import numpy as np
 import torch  # noqa: F401 (before faiss: see the rules above)
 from numpy.typing import NDArray
 
-from service.core.similarity import Similarity
+from service.core.names import Similarity
 from service.errors import InvalidSettings
 
 BUILDS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs")

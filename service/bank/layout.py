@@ -19,7 +19,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from service.core.similarity import Similarity
+from service.core.names import Similarity
 from service.errors import InvalidRequest, InvalidVector, ItemError, UnknownSpace, WrongDimension
 
 

@@ -28,8 +28,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from service.core.names import KSubsets, Polynomial, Separation, named
 from service.core.retrieve import BETA_MAX, BETA_MIN
-from service.core.separation import KSubsets, Polynomial, Separation, exact_recall_margin, named
+from service.core.separation import exact_recall_margin
 from service.errors import InvalidRequest
 
 # Scores sum about a thousand float32 products, so a score of unit patterns is off by up to about 1e-6. At this β that

@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from service.core.separation import Separation, separate
+from service.core.names import Separation
+from service.core.separation import separate
 
 
 def softmax_bound(

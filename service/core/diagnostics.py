@@ -22,7 +22,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from service.core.certificate import softmax_bound
-from service.core.separation import KSubsets, Separation, abstains, exact_recall_margin, named, separate
+from service.core.names import KSubsets, Separation, abstains, named
+from service.core.separation import exact_recall_margin, separate
 from service.core.similarity import Blocks, overlaps, self_similarity
 from service.core.update import association
 from service.errors import InvalidRequest

@@ -29,7 +29,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from service.core.separation import Polynomial, Regularised, Separation, regulariser
+from service.core.names import Polynomial, Regularised, Separation
+from service.core.separation import regulariser
 from service.core.similarity import Blocks, self_similarity
 
 

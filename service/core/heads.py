@@ -24,8 +24,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from service.core.features import FEATURES_MAX, PositiveRandom, linear
-from service.core.separation import NAMES, Polynomial, Separation, is_separation, separate
-from service.core.similarity import Similarity
+from service.core.names import NAMES, Polynomial, Separation, Similarity, is_separation
+from service.core.separation import separate
 from service.core.support import window
 from service.errors import InvalidRequest
 

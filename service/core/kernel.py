@@ -25,17 +25,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from service.core.names import Objective, Start
 from service.core.similarity import Blocks, normalise_rows
 from service.errors import InvalidRequest
-
-Objective = Literal["cues", "separation", "separation_plus"]
-Start = Literal["whitening", "identity"]
 
 # W has at most this many rows: more directions than that cost time in every search and held-out cues do not reward
 # them; a step of 512 cues over 3,072 values takes .2 s with it on one core.

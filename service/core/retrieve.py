@@ -31,8 +31,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from service.core.energy import energy
-from service.core.separation import NAMES, Polynomial, Separation, abstains, is_separation, separate
-from service.core.similarity import MAGNITUDE_MAX, Blocks, Similarity, normalise_rows, overlaps, scores, spread
+from service.core.names import NAMES, Polynomial, Separation, Similarity, abstains, is_separation
+from service.core.separation import separate
+from service.core.similarity import MAGNITUDE_MAX, Blocks, normalise_rows, overlaps, scores, spread
 from service.core.update import update
 from service.errors import InvalidRequest, NothingObserved
 

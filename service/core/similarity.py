@@ -24,15 +24,14 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from service.core.names import Similarity
 from service.errors import InvalidRequest
-
-Similarity = Literal["cosine", "dot", "neg_l2"]
 
 # Raw values (dot, neg_l2) stay under this, so that a score over 10^5 values stays under 10^30 and its product with
 # `BETA_MAX` inside float32.

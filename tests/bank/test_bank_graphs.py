@@ -12,7 +12,7 @@ from torch import Tensor
 from service.bank import Bank, Found, Layout, Rows, SpaceLayout, View
 from service.bank.segment import SPARSE_SHARE
 from service.bank.view import MATRIX_BYTES_MAX
-from service.core.similarity import Similarity
+from service.core.names import Similarity
 from service.errors import (
     InvalidRequest,
     InvalidVector,

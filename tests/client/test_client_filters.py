@@ -185,7 +185,7 @@ def test_what_else_is_refused(collection: Collection, client: Client) -> None:
     with pytest.raises(InvalidRequest, match="4096 together"):
         collection.recall(vectors={"v": VECTORS[0]}, offset=4092)
     with pytest.raises(InvalidRequest, match="cursor: is not a next_cursor"):
-        client._transport.scroll(collection.name, {"cursor": "../etc"})
+        client._transport.call("scroll", {"collection": collection.name}, {"cursor": "../etc"})
     with pytest.raises(CollectionNotFound):
         next(client.collection("not-there").scroll())
     reply = collection.store([{"id": "nul", "vectors": {"v": VECTORS[0]}, "payload": {"a": "x\0y"}}])

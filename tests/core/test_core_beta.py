@@ -10,8 +10,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from service.core.beta import UNIT_BETA_MAX, auto_beta, lsr_beta, margins
+from service.core.names import Entmax, KSubsets, Polynomial, Separation
 from service.core.retrieve import BETA_MAX, retrieve
-from service.core.separation import Entmax, KSubsets, Polynomial, Separation, exact_recall_margin
+from service.core.separation import exact_recall_margin
 from service.core.similarity import Blocks
 from service.errors import InvalidRequest
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.core.certificate import polynomial_bound, softmax_bound, sparse_exact
-from service.core.separation import Entmax, KSubsets, Polynomial, Separation, separate
+from service.core.names import Entmax, KSubsets, Polynomial, Separation
+from service.core.separation import separate
 from service.core.support import top_k
 
 SPARSE: tuple[Separation, ...] = ("sparsemax", Entmax(1.5), "normmax", Entmax(1.3), Entmax(2.5), KSubsets(2))

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from service.core import diagnostics
 from service.core.diagnostics import Gather, capacity, fixed_points, nearest, needed_margin, relative_rank
+from service.core.names import Entmax, KSubsets, Polynomial, Separation
 from service.core.retrieve import retrieve
-from service.core.separation import Entmax, KSubsets, Polynomial, Separation
 from service.core.similarity import Blocks, Kernel, normalise_rows, overlaps
 from service.errors import InvalidRequest
 

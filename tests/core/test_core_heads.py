@@ -19,8 +19,7 @@ from engram.layers import (
     Window,
 )
 from service.core.heads import Memory, Support
-from service.core.separation import Entmax, KSubsets, Polynomial, Separation
-from service.core.similarity import Similarity
+from service.core.names import Entmax, KSubsets, Polynomial, Separation, Similarity
 
 seeds = st.integers(0, 2**32 - 1)
 SEPARATIONS: tuple[Separation, ...] = (

@@ -33,17 +33,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from service.core.energy import energy
+from service.core.names import Entmax, KSubsets, Polynomial, Separation, Similarity, abstains
 from service.core.retrieve import Outcome, retrieve
-from service.core.separation import (
-    Entmax,
-    KSubsets,
-    Polynomial,
-    Separation,
-    abstains,
-    exact_recall_margin,
-    separate,
-)
-from service.core.similarity import Blocks, Similarity, normalise_rows, overlaps, scores, self_similarity, spread
+from service.core.separation import exact_recall_margin, separate
+from service.core.similarity import Blocks, normalise_rows, overlaps, scores, self_similarity, spread
 from service.core.support import random_rows, top_k, window
 from service.core.update import update
 

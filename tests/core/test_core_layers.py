@@ -28,9 +28,9 @@ from engram.layers import (
     Window,
     separation_loss,
 )
+from service.core.names import Separation, Similarity
 from service.core.retrieve import UPDATE_STEPS_MAX, retrieve
-from service.core.separation import Separation
-from service.core.similarity import Blocks, Kernel, Similarity, normalise_rows
+from service.core.similarity import Blocks, Kernel, normalise_rows
 from service.errors import InvalidRequest
 
 seeds = st.integers(0, 2**32 - 1)

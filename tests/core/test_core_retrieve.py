@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.core.names import Entmax, KSubsets, Polynomial, Separation
 from service.core.retrieve import BETA_MAX, UPDATE_STEPS_MAX, Outcome, retrieve
-from service.core.separation import Entmax, KSubsets, Polynomial, Separation
 from service.core.similarity import MAGNITUDE_MAX, Blocks, normalise_rows, scores
 from service.errors import InvalidRequest, NothingObserved
 

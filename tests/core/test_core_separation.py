@@ -15,7 +15,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from service.core import separation
-from service.core.separation import (
+from service.core.names import (
     ALPHA_MAX,
     DEGREE_MAX,
     Entmax,
@@ -23,13 +23,11 @@ from service.core.separation import (
     Polynomial,
     Separation,
     abstains,
-    exact_recall_margin,
     is_separation,
     named,
-    regulariser,
-    separate,
 )
-from service.core.separation import entmax as entmax_of
+from service.core.names import entmax as entmax_of
+from service.core.separation import exact_recall_margin, regulariser, separate
 from service.errors import InvalidRequest
 
 FIXED: tuple[Separation, ...] = (

@@ -21,8 +21,9 @@ from benchmarks.papers.hen_kernel_memory import KernelMemory, chosen
 from benchmarks.papers.hen_measure import RANK_BETAS, Measured
 from benchmarks.papers.hen_recall import Bank, first_scores, settle
 from benchmarks.papers.hen_sets import Pictures
+from service.core.names import Similarity
 from service.core.retrieve import retrieve
-from service.core.similarity import Blocks, Similarity, normalise_rows
+from service.core.similarity import Blocks, normalise_rows
 from service.encoders.registry import make
 
 
