@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from engram.client import PAGE
+from engram.asking import PAGE
 from engram.opening import Data, Url, open_client
 from engram.replies import Memory
 from service.errors import InvalidRequest

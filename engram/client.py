@@ -1,6 +1,8 @@
 """The client: collections, stored and recalled, over HTTP or in process.
 
 Rules:
+- A method is a signature and its documentation; what it does is in `asking`. `python -m engram.awaited` makes the same
+  of it for `AsyncClient`.
 - Both ways give the same replies and raise the same errors; only `Client(...)` differs.
 - An image is a path, the file's bytes, a Pillow image of any mode, or a uint8 or boolean array of
   (height, width[, channels]).
@@ -10,42 +12,55 @@ Rules:
 
 from __future__ import annotations
 
-import io
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from engram.replies import CollectionInfo, EncoderInfo, Memory, Operation, Problem, Recall, StoredItem, StoreReply
+from engram.asking import BATCH, PAGE, RETRIES, Asking, CollectionAsking, Options, given
+from engram.replies import CollectionInfo, EncoderInfo, Memory, Operation, Recall, StoreReply
 from engram.reports import Diagnostics
-from engram.sending import Request, answered
-from engram.transport import WAIT_MAX_S, Body, HttpTransport, Transport
-from service.errors import EngramError, InvalidImage, InvalidRequest, NotFound, Unavailable
+from engram.steps import Steps, run
+from engram.transport import Body, Transport, open_transport
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from engram.pictures import ImageLike
 
-    ImageLike = str | Path | bytes | Image | NDArray[np.uint8] | NDArray[np.bool_]
-
-DEFAULT_URL = "http://127.0.0.1:8000"
-BATCH = 64  # memories a request: an encoder's batch or two, so that progress shows and one request stays short
-BATCH_BYTES_MAX = 24 * 2**20  # pictures in one request: well under what a server accepts by default (64 MiB)
-CONVERTED = {
-    "RGBX": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "LAB": "RGB", "HSV": "RGB", "La": "LA", "PA": "RGBA", "RGBa": "RGBA",
-}  # colour modes of Pillow's that PNG does not have  # fmt: skip
-WIDE_MODES = ("I", "F", "I;16L")  # nor these: they go as TIFF, and the engine scales them to 8 bits as in any file
-PAGE = 256  # memories of a scroll's page: some hundred kilobytes of payloads and texts
-POLL_S = 0.2  # between two looks at a calibration, which takes seconds
+T = TypeVar("T")
+A = TypeVar("A", bound=Asking)
 
 
-class Client:
-    """`Client()` talks to a server; `Client(path="./memories")` runs the same engine in this process, on that folder.
+class _Caller(Generic[A]):
+    def __init__(self, asking: A, transport: Transport) -> None:
+        self._asking = asking
+        self._transport = transport
 
+    def with_options(
+        self, *, timeout_s: float | None = None, retries: int | None = None, read_your_writes: bool | None = None
+    ) -> Self:
+        """The same over the same connection, with these changed (see `Client`). For one call:
+        `photos.with_options(timeout_s=2).recall(...)`.
+        """
+        changed = copy(self)
+        changed._asking = self._asking.but(timeout_s=timeout_s, retries=retries, read_your_writes=read_your_writes)
+        return changed
+
+    def _do(self, steps: Steps[T]) -> T:
+        return run(steps, self._transport)
+
+
+class Client(_Caller[Asking]):
+    """`Client()` talks to a server; `Client(path="./memories")` runs the same engine in this process, on that
+    folder.
     Raises `FolderInUse`, naming the owner's pid and address, when another process owns the folder.
+
+    timeout_s: how long an answer is waited for (`TimedOut`); the engine in this process is not cut off.
+    retries: how often a call is asked again that was refused for now (429, 503) or whose connection was refused or
+    broke; after a pause of growing length, drawn at random, and not before the server's Retry-After; for at most a
+    minute in all. Only what is safe to repeat: reads, and stores of memories that all have ids. A server that never
+    answered this client is not waited for.
+    read_your_writes: reads ask for the last version of the collection that this client has seen.
     """
 
     def __init__(
@@ -55,51 +70,44 @@ class Client:
         path: str | Path | None = None,
         api_key: str | None = None,
         timeout_s: float = 60.0,
+        retries: int = RETRIES,
+        read_your_writes: bool = True,
     ) -> None:
-        if path is not None and (url is not None or api_key is not None):
-            raise InvalidRequest(
-                "path opens a folder in this process; url and api_key belong to a server: give one or the other"
-            )
-        if not 0 < timeout_s <= WAIT_MAX_S:
-            raise InvalidRequest(f"timeout_s is {timeout_s:g}, and must be above 0 and at most {WAIT_MAX_S:g}")
+        asking = Asking(Options(timeout_s, retries, read_your_writes))
         self.in_process = path is not None
-        self._timeout_s = timeout_s
-        self._transport: Transport
-        if path is None:
-            self._transport = HttpTransport(url or DEFAULT_URL, api_key, timeout_s)
-        else:
-            from engram.local import LocalTransport  # brings torch, which a client of a server does without
-
-            self._transport = LocalTransport(Path(path))
+        super().__init__(asking, open_transport(url, path, api_key))
 
     def create_collection(self, name: str, spaces: Mapping[str, Any] | None = None, **config: Any) -> Collection:
         """Make a collection. `spaces` absent: the default ones; `config`: the API's `corruptions`, `recall`, `gate`,
         `duplicates`.
         """
-        given = {"spaces": spaces, **config}
-        self._transport.call("create_collection", {"collection": name}, _given(**given))
+        self._do(self._asking.create_collection(name, given(spaces=spaces, **config)))
         return self.collection(name)
 
     def collection(self, name: str) -> Collection:
         """A handle; nothing is asked of the engine until it is used."""
-        return Collection(name, self._transport, self._timeout_s)
+        return Collection(self._asking.collection(name), self._transport)
 
     def collections(self) -> list[CollectionInfo]:
-        return [CollectionInfo.of(body) for body in self._transport.call("list_collections", {})["collections"]]
+        return self._do(self._asking.collections())
 
     def encoders(self) -> list[EncoderInfo]:
         """The encoders there are, and whether their weights are where the engine runs."""
-        return [EncoderInfo.of(body) for body in self._transport.call("list_encoders", {})["encoders"]]
+        return self._do(self._asking.encoders())
 
     def delete_collection(self, name: str) -> None:
-        self._transport.call("delete_collection", {"collection": name})
+        self._do(self._asking.delete_collection(name))
+
+    def operations(self) -> list[Operation]:
+        """The last hundred, the newest first."""
+        return self._do(self._asking.operations())
 
     def operation(self, operation_id: str) -> Operation:
-        return Operation.of(self._transport.call("get_operation", {"id": operation_id}))
+        return self._do(self._asking.operation(operation_id))
 
     def cancel(self, operation_id: str) -> Operation:
         """End an operation that is queued or running; what it has done so far is kept. Raises `Conflict`."""
-        return Operation.of(self._transport.call("cancel_operation", {"id": operation_id}))
+        return self._do(self._asking.cancel(operation_id))
 
     def close(self) -> None:
         self._transport.close()
@@ -113,13 +121,12 @@ class Client:
         self.close()
 
 
-class Collection:
+class Collection(_Caller[CollectionAsking]):
     """One collection of a client; made by `Client.collection`."""
 
-    def __init__(self, name: str, transport: Transport, timeout_s: float) -> None:
-        self.name = name
-        self._transport = transport
-        self._timeout_s = timeout_s
+    def __init__(self, asking: CollectionAsking, transport: Transport) -> None:
+        super().__init__(asking, transport)
+        self.name = asking.name
 
     def store(
         self,
@@ -136,23 +143,7 @@ class Collection:
         result is there; one still being encoded after the client's `timeout_s` is "queued", and its operation is in
         the reply.
         """
-        results: list[StoredItem] = []
-        operations: list[str] = []
-        version: int | None = None
-
-        def send(sent: list[Body]) -> Body:
-            return self._call("store", {"memories": sent, "wait": wait, "timeout_s": self._timeout_s})
-
-        for request, reply in answered(_requests(memories, batch), send):
-            answers: Iterator[StoredItem] = iter(())
-            if reply is not None:
-                answers = map(StoredItem.of, reply["results"])
-                version = max((v for v in (version, reply["version"]) if v is not None), default=None)
-                operations += [reply["operation_id"]] if reply.get("operation_id") else []
-            results += [next(answers) if isinstance(memory, dict) else memory for memory in request]
-            if progress is not None:
-                progress(len(request))
-        return StoreReply(version, tuple(results), tuple(operations))
+        return self._do(self._asking.store(memories, batch, wait, progress))
 
     def recall(
         self,
@@ -163,12 +154,12 @@ class Collection:
         **options: Any,
     ) -> Recall:
         """Recall by any of a text, an image and vectors; `options` as in the API (`limit`, `beta`, `reconstruct`)."""
-        request = {"cue": _cue({"text": text, "image": image, "mask": mask, "vectors": vectors}), **options}
-        return self._recalls(request)[0]
+        cue = {"text": text, "image": image, "mask": mask, "vectors": vectors}
+        return self._do(self._asking.recall(cue, options))
 
     def recall_batch(self, cues: Iterable[Mapping[str, Any]], **options: Any) -> list[Recall]:
         """Recall by several cues, each `{"text"?, "image"?, "mask"?, "vectors"?}`, in one request; answers in order."""
-        return self._recalls({"cues": [_cue(cue) for cue in cues], **options})
+        return self._do(self._asking.recall_batch(cues, options))
 
     def train(
         self,
@@ -179,21 +170,14 @@ class Collection:
         target_tpr: float | None = None,
         **options: Any,
     ) -> Operation:
-        """Calibrate the gate again, or train a kernel (`what="kernel"`), as an operation: see `Client.operation` for
-        how far it is. `options`: a kernel's, as in the API (`space`, `objective`, `time_limit_s`).
+        """Calibrate the gate again, or train a kernel (`what="kernel"`): an operation, and `Client.operation` says how
+        far it is. `options`: a kernel's, as in the API (`space`, `objective`, `time_limit_s`).
 
         cues: known cues, `{"id": their memory's, "text"?, "image"?, "mask"?, "vectors"?}`; they set the thresholds of
         the modalities they fill. negatives: cues of what was never stored. None keeps what was supplied, an empty
         list forgets it.
         """
-        request: Body = {"what": what, **options}
-        if cues is not None:
-            request["cues"] = [_known(cue) for cue in cues]
-        if negatives is not None:
-            request["negatives"] = [_cue(cue) for cue in negatives]
-        if target_tpr is not None:
-            request["target_tpr"] = target_tpr
-        return Operation.of(self._call("train", request))
+        return self._do(self._asking.train(what, cues, negatives, given(target_tpr=target_tpr, **options)))
 
     def reencode(
         self,
@@ -210,45 +194,30 @@ class Collection:
         With `wait` it has ended at return, and its failure raises: `OriginalsMissing` where originals cannot be read,
         unless `drop_without_original` lets their memories lose the space.
         """
-        given = _given(encoder=encoder, options=None if options is None else dict(options))
-        request = given | {"drop_without_original": drop_without_original}
-        operation = Operation.of(self._call("reencode", request, space=space))
-        while wait and operation.status in ("queued", "running"):
-            time.sleep(POLL_S)
-            operation = Operation.of(self._transport.call("get_operation", {"id": operation.id}))
-        if wait:
-            operation.check()
-        return operation
+        body = given(encoder=encoder, options=options and dict(options), drop_without_original=drop_without_original)
+        return self._do(self._asking.reencode(space, body, wait))
 
     def get(self, memory_id: str) -> Memory:
         """Raises `MemoryNotFound`."""
-        return Memory.of(self._call("get_memory", id=memory_id))
+        return self._do(self._asking.get(memory_id))
 
     def get_many(self, ids: Iterable[str]) -> list[Memory]:
         """Those of `ids` that exist, in the order asked for."""
-        wanted = list(ids)
-        found: list[Memory] = []
-        for start in range(0, len(wanted), PAGE):
-            reply = self._call("get_memories", {"ids": wanted[start : start + PAGE]})
-            found += map(Memory.of, reply["memories"])
-        return found
+        return self._do(self._asking.get_many(ids))
 
     def scroll(self, filter: Mapping[str, Any] | None = None, *, batch: int = PAGE) -> Iterator[Memory]:
         """Every memory, or those that a filter keeps, in the order in which they were first stored.
 
         Asked for `batch` at a time, while the iterator is read.
         """
-        request: Body = _given(filter=filter, limit=batch)
-        while True:
-            reply = self._call("scroll", request)
-            yield from map(Memory.of, reply["memories"])
-            if reply["next_cursor"] is None:
-                return
-            request["cursor"] = reply["next_cursor"]
+        request: Body | None = given(filter=filter, limit=batch)
+        while request is not None:
+            memories, request = self._do(self._asking.page(request))
+            yield from memories
 
     def content(self, memory_id: str) -> bytes:
         """The stored original, byte for byte."""
-        return self._transport.content(self.name, memory_id)
+        return self._do(self._asking.content(memory_id))
 
     def delete(
         self,
@@ -261,132 +230,35 @@ class Collection:
 
         `dry_run`: say which it would be, and forget nothing.
         """
-        asked = [ids] if isinstance(ids, str) else None if ids is None else list(ids)
-        request = _given(ids=asked, filter=filter, dry_run=dry_run)
-        deleted: list[str] = self._call("delete_memories", request)["deleted"]
+        deleted: list[str] = self._do(self._asking.delete(ids, filter, dry_run))
         return deleted
 
     def count(self, filter: Mapping[str, Any] | None = None) -> int:
         """How many memories there are, or a filter keeps."""
-        return int(self._call("count", _given(filter=filter))["count"])
+        return self._do(self._asking.count(filter))
 
     def info(self) -> CollectionInfo:
-        return CollectionInfo.of(self._call("get_collection"))
+        return self._do(self._asking.info())
 
     def kernels(self) -> list[dict[str, Any]]:
         """The kernels that were trained, with their training records."""
-        kernels: list[dict[str, Any]] = self._call("list_kernels")["kernels"]
+        kernels: list[dict[str, Any]] = self._do(self._asking.kernels())
         return kernels
 
     def retire_kernel(self, kernel_id: str) -> None:
         """Go on without a kernel that is in use."""
-        self._call("retire_kernel", kernel=kernel_id)
+        self._do(self._asking.retire_kernel(kernel_id))
 
     def diagnostics(self) -> Diagnostics:
         """Margins, fixed points, rank, capacity, near-duplicates, β and memory: how well its memories are told apart.
 
         Takes seconds for a large collection.
         """
-        return Diagnostics.of(self._call("get_diagnostics"))
+        return self._do(self._asking.diagnostics())
 
     def wait_until_calibrated(self, timeout_s: float = 300.0) -> CollectionInfo:
         """Wait until the automatic calibration covers what is stored.
 
         Raises `Unavailable` after `timeout_s`, and at once why a space's encoder cannot be used: none before.
         """
-        deadline = time.monotonic() + timeout_s
-        while (info := self.info()).calibration.state != "current":
-            if info.problem is not None:
-                raise info.problem.as_error()
-            if time.monotonic() >= deadline:
-                raise Unavailable(f"{self.name}: its calibration is {info.calibration.state} after {timeout_s:g} s")
-            time.sleep(POLL_S)
-        return info
-
-    def _call(self, operation: str, body: Body | None = None, **path: str) -> Body:
-        return self._transport.call(operation, {"collection": self.name, **path}, body)
-
-    def _recalls(self, request: Body) -> list[Recall]:
-        reply = self._call("recall", request)
-        shared = {"version": reply["version"], "timings_ms": reply["timings_ms"]}
-        return [Recall.of({**result, **shared}) for result in reply["results"]]
-
-
-def _requests(memories: Iterable[Mapping[str, Any]], count_max: int) -> Iterator[Request]:
-    """Memories with their pictures read, in bounded lists; one whose picture cannot be read is its own answer."""
-    if count_max < 1:
-        raise InvalidRequest(f"batch is {count_max}, and must be at least 1")
-    request: Request = []
-    size_bytes = 0
-    for memory in memories:
-        item: Body | StoredItem
-        image_bytes = 0
-        try:
-            item = {key: value for key, value in memory.items() if value is not None}
-            if "image" in item:
-                item["image"] = _image(item["image"])
-                image_bytes = len(item["image"]["base64"])
-        except EngramError as error:
-            item = StoredItem(memory.get("id"), "error", error=Problem(error.code, error.detail))
-        if request and (len(request) == count_max or size_bytes + image_bytes > BATCH_BYTES_MAX):
-            yield request
-            request, size_bytes = [], 0
-        request.append(item)
-        size_bytes += image_bytes
-    if request:
-        yield request
-
-
-def _given(**fields: Any) -> Body:
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-def _cue(cue: Mapping[str, Any]) -> Body:
-    given = {key: value for key, value in cue.items() if value is not None}
-    return {key: _image(value) if key in ("image", "mask") else value for key, value in given.items()}
-
-
-def _known(cue: Mapping[str, Any]) -> Body:
-    if "id" not in cue:
-        raise InvalidRequest("a known cue names its memory: give it an id")
-    return {"id": cue["id"], "cue": _cue({key: value for key, value in cue.items() if key != "id"})}
-
-
-def _image(image: ImageLike) -> Body:
-    if isinstance(image, bytes):
-        return {"base64": image}
-    if isinstance(image, str | Path):
-        try:
-            return {"base64": Path(image).read_bytes()}
-        except FileNotFoundError:
-            raise NotFound(f"there is no file {image}") from None
-        except OSError as error:
-            raise InvalidImage(f"{image}: {error.strerror}") from None
-    from PIL import Image  # only pictures that are not files need it
-
-    if isinstance(image, np.ndarray):
-        drawn = Image.fromarray(_pixels(image))
-    elif isinstance(image, Image.Image):
-        drawn = image
-    else:
-        raise InvalidImage(f"an image is a path, bytes, a Pillow image or an array, not {type(image).__name__}")
-    file = io.BytesIO()
-    try:
-        if drawn.mode in CONVERTED:
-            drawn = drawn.convert(CONVERTED[drawn.mode])
-        drawn.save(file, "TIFF" if drawn.mode in WIDE_MODES else "PNG")
-    except Exception as error:  # Pillow may read the picture's file only now, and raises nearly anything on a bad one
-        what = f"a Pillow image, {drawn.mode} of {drawn.width}x{drawn.height}"
-        raise InvalidImage(f"{what}, cannot be made a file: {error}") from error
-    return {"base64": file.getvalue()}
-
-
-def _pixels(array: NDArray[Any]) -> NDArray[np.uint8]:
-    shaped = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 2, 3, 4))
-    if array.dtype not in (np.uint8, np.bool_) or not shaped or not array.size:
-        raise InvalidImage(
-            f"an array of {array.dtype} and shape {array.shape} is not a picture: uint8 or bool, and (height, width) "
-            "or (height, width, 1 to 4 channels), none of them 0, is one"
-        )
-    pixels = array.astype(np.uint8) * np.uint8(255) if array.dtype == np.bool_ else array
-    return pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
+        return self._do(self._asking.wait_until_calibrated(timeout_s))

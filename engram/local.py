@@ -5,11 +5,15 @@ The only module of the client that imports the engine, and torch with it.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import structlog
 from pydantic import BaseModel
@@ -22,10 +26,16 @@ from service.app.operations import OPERATIONS
 from service.observability import configure_logging
 from workers.loop import running
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+THREADS = 8  # as many as the server's own: the rest would only share the same cores
 HERE = "ENGRAM_ENCODER_DEVICE"  # of the server's settings the one that means something where nobody listens
 
 
 class LocalTransport:
+    """Nothing here is cut off by `timeout_s`: the engine is this process."""
+
     def __init__(self, path: Path) -> None:
         if not structlog.is_configured():  # else the program around the engine has its own way
             configure_logging(logging.WARNING)
@@ -34,7 +44,9 @@ class LocalTransport:
             opened.enter_context(running(self._engine))
             self._opened = opened.pop_all()
 
-    def call(self, operation: str, path: Mapping[str, str], body: Body | None = None) -> Body:
+    def call(
+        self, operation: str, path: Mapping[str, str], body: Body | None = None, *, timeout_s: float | None = None
+    ) -> Body:
         asked = OPERATIONS[operation]
         request = None if asked.request is None else validate(asked.request, body or {})
         reply = asked.call(self._engine, path, request)
@@ -42,11 +54,48 @@ class LocalTransport:
             return reply.model_dump()
         return {} if reply is None else dict(reply)
 
-    def content(self, collection: str, memory_id: str) -> bytes:
+    def content(self, collection: str, memory_id: str, *, timeout_s: float | None = None) -> bytes:
         return self._engine.content(collection, memory_id)[0]
 
     def close(self) -> None:
         self._opened.close()
+
+
+class AsyncLocalTransport:
+    """The same in threads. The folder is opened there too, when it is first asked for anything: that takes seconds.
+
+    A call whose await is cancelled goes on in its thread; `close` waits for it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="client")
+        self._opening = asyncio.Lock()
+        self._local: LocalTransport | None = None
+
+    async def open(self) -> LocalTransport:
+        async with self._opening:
+            if self._local is None:
+                self._local = await self._run(LocalTransport, self._path)
+        return self._local
+
+    async def call(
+        self, operation: str, path: Mapping[str, str], body: Body | None = None, *, timeout_s: float | None = None
+    ) -> Body:
+        return await self._run((await self.open()).call, operation, path, body)
+
+    async def content(self, collection: str, memory_id: str, *, timeout_s: float | None = None) -> bytes:
+        return await self._run((await self.open()).content, collection, memory_id)
+
+    async def close(self) -> None:
+        async with self._opening:
+            await asyncio.to_thread(self._threads.shutdown)
+            if self._local is not None:
+                await asyncio.to_thread(self._local.close)
+                self._local = None
+
+    async def _run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args, **kwargs))
 
 
 def _environment() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""How requests reach an engine: the one small protocol, and the one over HTTP.
+"""How requests reach an engine: one small protocol, called or awaited, and both over HTTP.
 
 Rules:
 - Requests and replies are dictionaries of the API's shape (`service/app/schemas.py`); binary content in a request is
@@ -9,7 +9,9 @@ Rules:
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
 
@@ -17,86 +19,195 @@ import httpx
 import orjson
 
 from service.app.operations import OPERATIONS, STREAMS, Route
-from service.errors import EngramError, ItemError, Unavailable, error_classes
+from service.errors import EngramError, InvalidRequest, ItemError, TimedOut, Unavailable, Unreachable, error_classes
 
 Body = dict[str, Any]
 
+DEFAULT_URL = "http://127.0.0.1:8000"
 WAIT_MARGIN_S = 10.0  # a server whose own wait ends answers 202: time for it to say so
 WAIT_MAX_S = 600.0  # the server's own bound on a wait
 MULTIPART_BYTES_MIN = 2**20  # pictures above this go as file parts: base64 makes them a third larger
 
 
 class Transport(Protocol):
-    def call(self, operation: str, path: Mapping[str, str], body: Body | None = None) -> Body:
-        """Ask for an operation of the table; its reply, {} where there is none."""
+    def call(
+        self, operation: str, path: Mapping[str, str], body: Body | None = None, *, timeout_s: float | None = None
+    ) -> Body:
+        """Ask for an operation of the table; its reply, {} where there is none. Raises `TimedOut` after `timeout_s`,
+        and `Unreachable` where nobody answers.
+        """
         ...
 
-    def content(self, collection: str, memory_id: str) -> bytes: ...
+    def content(self, collection: str, memory_id: str, *, timeout_s: float | None = None) -> bytes: ...
     def close(self) -> None: ...
 
 
+class AsyncTransport(Protocol):
+    """As `Transport`, awaited."""
+
+    async def call(
+        self, operation: str, path: Mapping[str, str], body: Body | None = None, *, timeout_s: float | None = None
+    ) -> Body: ...
+    async def content(self, collection: str, memory_id: str, *, timeout_s: float | None = None) -> bytes: ...
+    async def close(self) -> None: ...
+
+
 class HttpTransport:
-    def __init__(self, url: str, api_key: str | None, timeout_s: float) -> None:
+    def __init__(self, url: str, api_key: str | None) -> None:
         self.url = url.rstrip("/")
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        try:
-            self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s + WAIT_MARGIN_S)
-        except (httpx.InvalidURL, ValueError) as error:
-            raise Unavailable(f"{url!r} is not an address: {error}") from None
+        with _translated(self.url):
+            self._http = httpx.Client(base_url=self.url, headers=_headers(api_key), timeout=WAIT_MAX_S)
 
-    def call(self, operation: str, path: Mapping[str, str], body: Body | None = None) -> Body:
-        asked = OPERATIONS[operation]
-        response = self._send(asked, path, body)
-        if asked.reply is None:
-            return {}
-        try:
-            answer: Body = response.json()
-        except ValueError:
-            raise Unavailable(f"{response.url} answered {operation} with something other than JSON") from None
-        return answer
+    def call(
+        self, operation: str, path: Mapping[str, str], body: Body | None = None, *, timeout_s: float | None = None
+    ) -> Body:
+        return _body(operation, self._send(OPERATIONS[operation], path, body, timeout_s))
 
-    def content(self, collection: str, memory_id: str) -> bytes:
-        return self._send(STREAMS["get_content"], {"collection": collection, "id": memory_id}).content
+    def content(self, collection: str, memory_id: str, *, timeout_s: float | None = None) -> bytes:
+        path = {"collection": collection, "id": memory_id}
+        return self._send(STREAMS["get_content"], path, None, timeout_s).content
 
     def close(self) -> None:
         self._http.close()
 
-    def _send(self, route: Route, path: Mapping[str, str], body: Body | None = None) -> httpx.Response:
-        method, address = route.method, _address(route.path, path)
-        sent: dict[str, Any] = {}
-        if body is not None and method in ("GET", "DELETE"):
-            sent = {"params": body}
-        elif body is not None:
-            fields, files = _parts(body)
-            if sum(map(len, files.values())) > MULTIPART_BYTES_MIN:
-                sent = {"data": {name: _field(value) for name, value in fields.items()}, "files": files}
-            else:
-                sent = {"content": _dump(body), "headers": {"Content-Type": "application/json"}}
-        try:
-            response = self._http.request(method, address, **sent)
-        except httpx.ConnectError:
-            raise Unavailable(f"no server answers at {self.url}; start one with: engram serve") from None
-        except httpx.TimeoutException:
-            raise Unavailable(
-                f"{self.url} did not answer {method} {address} in {self._http.timeout.read:g} s"
-            ) from None
-        except httpx.HTTPError as error:
-            raise Unavailable(f"the connection to {self.url} broke: {error}") from None
-        if response.is_success:
-            return response
-        raise error_of(response)
+    def _send(
+        self, route: Route, path: Mapping[str, str], body: Body | None, timeout_s: float | None
+    ) -> httpx.Response:
+        with _translated(self.url):
+            return _accepted(self._http.send(_request(self._http, route, path, body, timeout_s)))
+
+
+class AsyncHttpTransport:
+    def __init__(self, url: str, api_key: str | None) -> None:
+        self.url = url.rstrip("/")
+        with _translated(self.url):
+            self._http = httpx.AsyncClient(base_url=self.url, headers=_headers(api_key), timeout=WAIT_MAX_S)
+
+    async def call(
+        self, operation: str, path: Mapping[str, str], body: Body | None = None, *, timeout_s: float | None = None
+    ) -> Body:
+        return _body(operation, await self._send(OPERATIONS[operation], path, body, timeout_s))
+
+    async def content(self, collection: str, memory_id: str, *, timeout_s: float | None = None) -> bytes:
+        path = {"collection": collection, "id": memory_id}
+        return (await self._send(STREAMS["get_content"], path, None, timeout_s)).content
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def _send(
+        self, route: Route, path: Mapping[str, str], body: Body | None, timeout_s: float | None
+    ) -> httpx.Response:
+        with _translated(self.url):
+            return _accepted(await self._http.send(_request(self._http, route, path, body, timeout_s)))
+
+
+def open_transport(url: str | None, path: str | Path | None, api_key: str | None) -> Transport:
+    """Raises `InvalidRequest` where both a server and a folder are named, and `FolderInUse`."""
+    if _is_folder(url, path, api_key):
+        from engram.local import LocalTransport  # brings torch, which a client of a server does without
+
+        return LocalTransport(Path(path or ""))
+    return HttpTransport(url or DEFAULT_URL, api_key)
+
+
+def open_async_transport(url: str | None, path: str | Path | None, api_key: str | None) -> AsyncTransport:
+    """As `open_transport`; a folder is opened when it is first asked for anything."""
+    if _is_folder(url, path, api_key):
+        from engram.local import AsyncLocalTransport
+
+        return AsyncLocalTransport(Path(path or ""))
+    return AsyncHttpTransport(url or DEFAULT_URL, api_key)
+
+
+def _is_folder(url: str | None, path: str | Path | None, api_key: str | None) -> bool:
+    if path is not None and (url is not None or api_key is not None):
+        raise InvalidRequest(
+            "path opens a folder in this process; url and api_key belong to a server: give one or the other"
+        )
+    return path is not None
+
+
+def _headers(api_key: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
+def _request(
+    http: httpx.Client | httpx.AsyncClient,
+    route: Route,
+    path: Mapping[str, str],
+    body: Body | None,
+    timeout_s: float | None,
+) -> httpx.Request:
+    sent: dict[str, Any] = {}
+    if body is not None and route.method in ("GET", "DELETE"):
+        sent = {"params": body}
+    elif body is not None:
+        fields, files = _parts(body)
+        if sum(map(len, files.values())) > MULTIPART_BYTES_MIN:
+            sent = {"data": {name: _field(value) for name, value in fields.items()}, "files": files}
+        else:
+            sent = {"content": _dump(body), "headers": {"Content-Type": "application/json"}}
+    if timeout_s is not None:
+        sent["timeout"] = timeout_s
+    return http.build_request(route.method, _address(route.path, path), **sent)
+
+
+@contextmanager
+def _translated(url: str) -> Iterator[None]:
+    """httpx's errors as ours."""
+    try:
+        yield
+    except httpx.ConnectError:
+        raise Unreachable(f"no server answers at {url}; start one with: engram serve") from None
+    except httpx.TimeoutException as error:
+        asked = error.request
+        waited_s = asked.extensions["timeout"]["read"]
+        raise TimedOut(f"{url} did not answer {asked.method} {asked.url.path} in {waited_s:g} s") from None
+    except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
+        raise Unreachable(f"the connection to {url} broke: {error}") from None
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        raise _no_server(f"{url!r} is not an address: {error}") from None
+
+
+def _accepted(response: httpx.Response) -> httpx.Response:
+    if response.is_success:
+        return response
+    raise error_of(response)
+
+
+def _body(operation: str, response: httpx.Response) -> Body:
+    if OPERATIONS[operation].reply is None:
+        return {}
+    try:
+        answer: Body = response.json()
+    except ValueError:
+        raise _no_server(f"{response.url} answered {operation} with something other than JSON") from None
+    return answer
+
+
+def _no_server(detail: str, status: int = 502) -> Unavailable:
+    """Whatever is there does not answer as a server of ours: to ask again would not help."""
+    error = Unavailable(detail)
+    error.status = status
+    return error
 
 
 def error_of(response: httpx.Response) -> EngramError:
     """The error that a refusal's problem+json names; a code unknown here keeps its words under `EngramError`."""
+    retry = response.headers.get("Retry-After", "")
+    retry_after_s = int(retry) if retry.isdigit() else None
+    error: EngramError
     try:
         problem: Mapping[str, Any] = response.json()
         code, detail = str(problem["code"]), str(problem["detail"])
         items = tuple(ItemError(int(e["item"]), str(e["code"]), str(e["detail"])) for e in problem.get("errors") or ())
     except (ValueError, KeyError, TypeError, AttributeError):
-        return Unavailable(f"{response.url} answered {response.status_code} {response.reason_phrase}")
-    retry = response.headers.get("Retry-After", "")
-    retry_after_s = int(retry) if retry.isdigit() else None
+        error = _no_server(
+            f"{response.url} answered {response.status_code} {response.reason_phrase}", response.status_code
+        )
+        error.retry_after_s = retry_after_s
+        return error
     known = error_classes().get(code)
     if known is not None:
         return known(detail, errors=items, retry_after_s=retry_after_s)

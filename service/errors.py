@@ -215,6 +215,17 @@ class DeviceMissing(Unavailable):
     code, title = "device_missing", "The device that encoders shall run on is not there"
 
 
+# --- met by a client --------------------------------------------------------------------------------------------------
+
+
+class Unreachable(Unavailable):
+    code, title = "unreachable", "No server answers"
+
+
+class TimedOut(Unavailable):
+    status, code, title = 504, "timed_out", "The answer took longer than was waited for"
+
+
 # --- met on the command line ------------------------------------------------------------------------------------------
 
 

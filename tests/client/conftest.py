@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from engram import Client
+from engram import AsyncClient, AsyncCollection, Client
 from service.storage.folder import read_owner
 
 
@@ -93,9 +97,81 @@ def local_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
         yield client
 
 
+class Waiting:
+    """An `AsyncClient` or `AsyncCollection` that is called as the other client is: what it gives is waited for."""
+
+    def __init__(self, awaited: AsyncClient | AsyncCollection, loop: asyncio.AbstractEventLoop) -> None:
+        self._awaited, self._loop = awaited, loop
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._awaited, name)
+        return (lambda *args, **options: self._plain(found(*args, **options))) if callable(found) else found
+
+    def _plain(self, given: Any) -> Any:
+        if isinstance(given, AsyncIterator):
+            return self._each(given)
+        if inspect.isawaitable(given):
+            given = self._wait(given)
+        return Waiting(given, self._loop) if isinstance(given, AsyncClient | AsyncCollection) else given
+
+    def _each(self, items: AsyncIterator[Any]) -> Iterator[Any]:
+        while (item := self._wait(anext(items, self))) is not self:
+            yield item
+
+    def _wait(self, awaitable: Awaitable[Any]) -> Any:
+        async def waiting() -> Any:
+            return await awaitable
+
+        return asyncio.run_coroutine_threadsafe(waiting(), self._loop).result()
+
+
+@pytest.fixture(scope="session")
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop that runs in a thread of its own."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield loop
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+@pytest.fixture(scope="session")
+def awaited_http_client(server_url: str, loop: asyncio.AbstractEventLoop) -> Iterator[Waiting]:
+    client = Waiting(AsyncClient(server_url), loop)
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="session")
+def awaited_local_client(
+    tmp_path_factory: pytest.TempPathFactory, loop: asyncio.AbstractEventLoop
+) -> Iterator[Waiting]:
+    client = Waiting(AsyncClient(path=tmp_path_factory.mktemp("awaited")), loop)
+    yield client
+    client.close()
+
+
+EVERY_WAY = ("http_client", "local_client", "awaited_http_client", "awaited_local_client")
+
+
+@pytest.fixture
+def every_client(request: pytest.FixtureRequest) -> dict[str, Client]:
+    """Every way to an engine, by its name."""
+    return {name: request.getfixturevalue(name) for name in EVERY_WAY}
+
+
+@pytest.fixture(params=EVERY_WAY)
+def client_of_any_way(request: pytest.FixtureRequest) -> Client:
+    """One test body, every way to an engine."""
+    found: Client = request.getfixturevalue(request.param)
+    return found
+
+
 @pytest.fixture(params=["http_client", "local_client"])
 def client(request: pytest.FixtureRequest) -> Client:
-    """One test body, both ways to the engine."""
+    """One test body, both ways to the engine; for what every client asks for by the same code, whatever carries it."""
     found: Client = request.getfixturevalue(request.param)
     return found
 

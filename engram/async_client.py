@@ -1,0 +1,260 @@
+"""The client, awaited, method by method. Written from `client.py` by `python -m engram.awaited`.
+
+What would hold up the event loop is done in threads: reading pictures, and all of an engine in this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from copy import copy
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+
+from engram.asking import BATCH, PAGE, RETRIES, Asking, CollectionAsking, Options, given
+from engram.replies import CollectionInfo, EncoderInfo, Memory, Operation, Recall, StoreReply
+from engram.reports import Diagnostics
+from engram.steps import Steps, run_async
+from engram.transport import AsyncTransport, Body, open_async_transport
+
+if TYPE_CHECKING:
+    from engram.pictures import ImageLike
+
+T = TypeVar("T")
+A = TypeVar("A", bound=Asking)
+
+
+class _Caller(Generic[A]):
+    def __init__(self, asking: A, transport: AsyncTransport) -> None:
+        self._asking = asking
+        self._transport = transport
+
+    def with_options(
+        self, *, timeout_s: float | None = None, retries: int | None = None, read_your_writes: bool | None = None
+    ) -> Self:
+        """The same over the same connection, with these changed (see `AsyncClient`). For one call:
+        `photos.with_options(timeout_s=2).recall(...)`.
+        """
+        changed = copy(self)
+        changed._asking = self._asking.but(timeout_s=timeout_s, retries=retries, read_your_writes=read_your_writes)
+        return changed
+
+    async def _do(self, steps: Steps[T]) -> T:
+        return await run_async(steps, self._transport)
+
+
+class AsyncClient(_Caller[Asking]):
+    """`AsyncClient()` talks to a server; `AsyncClient(path="./memories")` runs the same engine in this process, on that
+    folder.
+    Raises `FolderInUse`, naming the owner's pid and address, when another process owns the folder.
+
+    timeout_s: how long an answer is waited for (`TimedOut`); the engine in this process is not cut off.
+    retries: how often a call is asked again that was refused for now (429, 503) or whose connection was refused or
+    broke; after a pause of growing length, drawn at random, and not before the server's Retry-After; for at most a
+    minute in all. Only what is safe to repeat: reads, and stores of memories that all have ids. A server that never
+    answered this client is not waited for.
+    read_your_writes: reads ask for the last version of the collection that this client has seen.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        path: str | Path | None = None,
+        api_key: str | None = None,
+        timeout_s: float = 60.0,
+        retries: int = RETRIES,
+        read_your_writes: bool = True,
+    ) -> None:
+        asking = Asking(Options(timeout_s, retries, read_your_writes))
+        self.in_process = path is not None
+        super().__init__(asking, open_async_transport(url, path, api_key))
+
+    async def create_collection(
+        self, name: str, spaces: Mapping[str, Any] | None = None, **config: Any
+    ) -> AsyncCollection:
+        """Make a collection. `spaces` absent: the default ones; `config`: the API's `corruptions`, `recall`, `gate`,
+        `duplicates`.
+        """
+        await self._do(self._asking.create_collection(name, given(spaces=spaces, **config)))
+        return self.collection(name)
+
+    def collection(self, name: str) -> AsyncCollection:
+        """A handle; nothing is asked of the engine until it is used."""
+        return AsyncCollection(self._asking.collection(name), self._transport)
+
+    async def collections(self) -> list[CollectionInfo]:
+        return await self._do(self._asking.collections())
+
+    async def encoders(self) -> list[EncoderInfo]:
+        """The encoders there are, and whether their weights are where the engine runs."""
+        return await self._do(self._asking.encoders())
+
+    async def delete_collection(self, name: str) -> None:
+        await self._do(self._asking.delete_collection(name))
+
+    async def operations(self) -> list[Operation]:
+        """The last hundred, the newest first."""
+        return await self._do(self._asking.operations())
+
+    async def operation(self, operation_id: str) -> Operation:
+        return await self._do(self._asking.operation(operation_id))
+
+    async def cancel(self, operation_id: str) -> Operation:
+        """End an operation that is queued or running; what it has done so far is kept. Raises `Conflict`."""
+        return await self._do(self._asking.cancel(operation_id))
+
+    async def close(self) -> None:
+        await self._transport.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+class AsyncCollection(_Caller[CollectionAsking]):
+    """One collection of a client; made by `AsyncClient.collection`."""
+
+    def __init__(self, asking: CollectionAsking, transport: AsyncTransport) -> None:
+        super().__init__(asking, transport)
+        self.name = asking.name
+
+    async def store(
+        self,
+        memories: Iterable[Mapping[str, Any]],
+        *,
+        batch: int = BATCH,
+        wait: bool = True,
+        progress: Callable[[int], None] | None = None,
+    ) -> StoreReply:
+        """Store memories: `{"id"?, "image"?, "text"?, "vectors"?, "payload"?}`; an id stored again is replaced.
+
+        Sent in requests of `batch` memories, a few of which are under way at once; `progress` is called with the number
+        of memories of each request, in their order, once it is answered. With `wait` a memory is recallable when its
+        result is there; one still being encoded after the client's `timeout_s` is "queued", and its operation is in
+        the reply.
+        """
+        return await self._do(self._asking.store(memories, batch, wait, progress))
+
+    async def recall(
+        self,
+        text: str | None = None,
+        image: ImageLike | None = None,
+        mask: ImageLike | None = None,
+        vectors: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Recall:
+        """Recall by any of a text, an image and vectors; `options` as in the API (`limit`, `beta`, `reconstruct`)."""
+        cue = {"text": text, "image": image, "mask": mask, "vectors": vectors}
+        return await self._do(self._asking.recall(cue, options))
+
+    async def recall_batch(self, cues: Iterable[Mapping[str, Any]], **options: Any) -> list[Recall]:
+        """Recall by several cues, each `{"text"?, "image"?, "mask"?, "vectors"?}`, in one request; answers in order."""
+        return await self._do(self._asking.recall_batch(cues, options))
+
+    async def train(
+        self,
+        what: str = "gate",
+        *,
+        cues: Iterable[Mapping[str, Any]] | None = None,
+        negatives: Iterable[Mapping[str, Any]] | None = None,
+        target_tpr: float | None = None,
+        **options: Any,
+    ) -> Operation:
+        """Calibrate the gate again, or train a kernel (`what="kernel"`): an operation, and `AsyncClient.operation` says how
+        far it is. `options`: a kernel's, as in the API (`space`, `objective`, `time_limit_s`).
+
+        cues: known cues, `{"id": their memory's, "text"?, "image"?, "mask"?, "vectors"?}`; they set the thresholds of
+        the modalities they fill. negatives: cues of what was never stored. None keeps what was supplied, an empty
+        list forgets it.
+        """
+        return await self._do(self._asking.train(what, cues, negatives, given(target_tpr=target_tpr, **options)))
+
+    async def reencode(
+        self,
+        space: str,
+        encoder: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        *,
+        drop_without_original: bool = False,
+        wait: bool = True,
+    ) -> Operation:
+        """Encode a space again from the kept originals, by another encoder or (None) by the configured one as it is
+        now. Until it ends, recalls and stores go by the former.
+
+        With `wait` it has ended at return, and its failure raises: `OriginalsMissing` where originals cannot be read,
+        unless `drop_without_original` lets their memories lose the space.
+        """
+        body = given(encoder=encoder, options=options and dict(options), drop_without_original=drop_without_original)
+        return await self._do(self._asking.reencode(space, body, wait))
+
+    async def get(self, memory_id: str) -> Memory:
+        """Raises `MemoryNotFound`."""
+        return await self._do(self._asking.get(memory_id))
+
+    async def get_many(self, ids: Iterable[str]) -> list[Memory]:
+        """Those of `ids` that exist, in the order asked for."""
+        return await self._do(self._asking.get_many(ids))
+
+    async def scroll(self, filter: Mapping[str, Any] | None = None, *, batch: int = PAGE) -> AsyncIterator[Memory]:
+        """Every memory, or those that a filter keeps, in the order in which they were first stored.
+
+        Asked for `batch` at a time, while the iterator is read.
+        """
+        request: Body | None = given(filter=filter, limit=batch)
+        while request is not None:
+            memories, request = await self._do(self._asking.page(request))
+            for memory in memories:
+                yield memory
+
+    async def content(self, memory_id: str) -> bytes:
+        """The stored original, byte for byte."""
+        return await self._do(self._asking.content(memory_id))
+
+    async def delete(
+        self,
+        ids: str | Sequence[str] | None = None,
+        *,
+        filter: Mapping[str, Any] | None = None,
+        dry_run: bool = False,
+    ) -> list[str]:
+        """Forget memories, by their ids or all that a filter keeps; the ids that were there, the first 10,000 of them.
+
+        `dry_run`: say which it would be, and forget nothing.
+        """
+        deleted: list[str] = await self._do(self._asking.delete(ids, filter, dry_run))
+        return deleted
+
+    async def count(self, filter: Mapping[str, Any] | None = None) -> int:
+        """How many memories there are, or a filter keeps."""
+        return await self._do(self._asking.count(filter))
+
+    async def info(self) -> CollectionInfo:
+        return await self._do(self._asking.info())
+
+    async def kernels(self) -> list[dict[str, Any]]:
+        """The kernels that were trained, with their training records."""
+        kernels: list[dict[str, Any]] = await self._do(self._asking.kernels())
+        return kernels
+
+    async def retire_kernel(self, kernel_id: str) -> None:
+        """Go on without a kernel that is in use."""
+        await self._do(self._asking.retire_kernel(kernel_id))
+
+    async def diagnostics(self) -> Diagnostics:
+        """Margins, fixed points, rank, capacity, near-duplicates, β and memory: how well its memories are told apart.
+
+        Takes seconds for a large collection.
+        """
+        return await self._do(self._asking.diagnostics())
+
+    async def wait_until_calibrated(self, timeout_s: float = 300.0) -> CollectionInfo:
+        """Wait until the automatic calibration covers what is stored.
+
+        Raises `Unavailable` after `timeout_s`, and at once why a space's encoder cannot be used: none before.
+        """
+        return await self._do(self._asking.wait_until_calibrated(timeout_s))
