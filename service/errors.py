@@ -187,10 +187,6 @@ class Unavailable(EngramError):
     status, code, title = 503, "unavailable", "The server is not ready to answer"
 
 
-class NotServed(EngramError):
-    status, code, title = 501, "not_served", "The server cannot do this as it is set up"
-
-
 class StorageFull(EngramError):
     status, code, title = 507, "storage_full", "There is no space left to store this"
 

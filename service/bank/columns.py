@@ -20,7 +20,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from service.core.filter import INTEGER_MAX, INTEGER_MIN, Bounds, Number, Path, Values, moment
+from service.core.filter import INTEGER_MAX, INTEGER_MIN, Bounds, Number, Path, Values, as_real, moment
 
 Mask = NDArray[np.bool_]
 
@@ -113,18 +113,16 @@ class Column:
 
     def within(self, bounds: Bounds) -> Mask:
         integers, reals = np.ones(len(self.integers), np.bool_), np.ones(len(self.reals), np.bool_)
-        for name in ("gt", "gte", "lt", "lte"):
-            if (bound := getattr(bounds, name)) is not None:
-                integers &= _integers_within(self.integers, name, bound)
-                reals &= _reals_within(self.reals, name, bound)
+        for name, bound in bounds.given():
+            integers &= _integers_within(self.integers, name, bound)
+            reals &= _reals_within(self.reals, name, bound)
         return self._mask(self.integer_rows[integers], self.real_rows[reals])
 
     def moments_within(self, bounds: Bounds) -> Mask:
         moments = self._moments
         kept = moments != NO_MOMENT
-        for name in ("gt", "gte", "lt", "lte"):
-            if (bound := getattr(bounds, name)) is not None:
-                kept &= _integers_within(moments, name, bound)
+        for name, bound in bounds.given():
+            kept &= _integers_within(moments, name, bound)
         return self._mask(self.text_rows[kept[self.texts]])
 
     @cached_property
@@ -201,11 +199,7 @@ def _integers_within(values: NDArray[np.int64], name: str, bound: Number) -> Mas
 
 def _reals_within(values: NDArray[np.float64], name: str, bound: Number) -> Mask:
     """Float64 values against a bound that float64 may not hold, exactly."""
-    near = float(bound)
-    if near > bound:  # nothing lies between the bound and the float64 over it
-        name = {"gt": "gte", "lte": "lt"}.get(name, name)
-    elif near < bound:
-        name = {"gte": "gt", "lt": "lte"}.get(name, name)
+    name, near = as_real(name, bound)
     return _compared(values, name, np.float64(near))
 
 

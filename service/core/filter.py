@@ -69,6 +69,10 @@ class Bounds:
     lt: Number | None = None
     lte: Number | None = None
 
+    def given(self) -> list[tuple[str, Number]]:
+        named = (("gt", self.gt), ("gte", self.gte), ("lt", self.lt), ("lte", self.lte))
+        return [(name, bound) for name, bound in named if bound is not None]
+
 
 @dataclass(frozen=True)
 class Range:
@@ -128,6 +132,16 @@ Node = AnyOf | Except | Range | Exists | Null | Prefix | Ids | Clause
 def number(value: Number) -> Number:
     """As it is compared: an integer of more than 64 bits as a float64. Raises OverflowError beyond float64."""
     return value if isinstance(value, float) or INTEGER_MIN <= value <= INTEGER_MAX else float(value)
+
+
+def as_real(name: str, bound: Number) -> tuple[str, float]:
+    """The bound (`gt`, `gte`, `lt` or `lte`) of float64 values that says the same, and is a float64."""
+    near = float(bound)
+    if near > bound:  # nothing lies between the bound and the float64 over it
+        name = {"gt": "gte", "lte": "lt"}.get(name, name)
+    elif near < bound:
+        name = {"gte": "gt", "lt": "lte"}.get(name, name)
+    return name, near
 
 
 def paths(node: Node) -> Iterator[Path]:

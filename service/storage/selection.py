@@ -15,8 +15,8 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Row, TextClause, and_, delete, func, select
 
 from service.core.filter import Clause
-from service.errors import NotServed
 from service.storage.database import Database
+from service.storage.dialects import Postgres, Sqlite
 from service.storage.filtering import Expression
 from service.storage.memories import IN_MAX, Deleted, Memory, lock_version, read_version, set_version
 from service.storage.tables import memories, patterns
@@ -115,11 +115,7 @@ class Selection:
         this: ColumnElement[bool] = _c.collection_id == collection_id
         if clause is None or clause.empty:
             return this
-        if self._database.is_postgres:
-            raise NotServed(
-                "filters in scroll, count and delete are not served over PostgreSQL yet; in recall they are"
-            )
-        kept: TextClause = Expression(clause).bound()
+        kept: TextClause = Expression(clause, Postgres() if self._database.is_postgres else Sqlite()).bound()
         return and_(this, kept)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
@@ -194,8 +195,10 @@ def instant(text: str) -> timedelta | None:
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repository]:
-    database = Database.open(tmp_path_factory.mktemp("filters") / "engram.db")
+def repository(
+    tmp_path_factory: pytest.TempPathFactory, new_database: Callable[[Path], Path | str]
+) -> Iterator[Repository]:
+    database = Database.open(new_database(tmp_path_factory.mktemp("filters")))
     writer = Writer(database)
     yield Repository(database, writer)
     writer.close()
