@@ -146,14 +146,20 @@ class AsyncCollection(_Caller[CollectionAsking]):
         image: ImageLike | None = None,
         mask: ImageLike | None = None,
         vectors: Mapping[str, Any] | None = None,
+        *,
+        id: str | None = None,
         **options: Any,
     ) -> Recall:
-        """Recall by any of a text, an image and vectors; `options` as in the API (`limit`, `beta`, `reconstruct`)."""
-        cue = {"text": text, "image": image, "mask": mask, "vectors": vectors}
+        """Recall by any of a text, an image and vectors, or (`id`) more like a stored memory; `options` as in the API
+        (`limit`, `group_by`, `beta`, `reconstruct`).
+        """
+        cue = {"text": text, "image": image, "mask": mask, "vectors": vectors, "id": id}
         return await self._do(self._asking.recall(cue, options))
 
     async def recall_batch(self, cues: Iterable[Mapping[str, Any]], **options: Any) -> list[Recall]:
-        """Recall by several cues, each `{"text"?, "image"?, "mask"?, "vectors"?}`, in one request; answers in order."""
+        """Recall by several cues, each `{"text"?, "image"?, "mask"?, "vectors"?}` or `{"id"}`, in one request; answers
+        in order.
+        """
         return await self._do(self._asking.recall_batch(cues, options))
 
     async def train(

@@ -124,9 +124,15 @@ def store(
 
 @app.command()
 def recall(
-    cue: Annotated[str, typer.Argument(help="A sentence, or a picture's file.")],
+    cue: Annotated[str | None, typer.Argument(help="A sentence, or a picture's file.", show_default=False)] = None,
+    like: Annotated[str | None, typer.Option(help="In place of a cue: more like this memory.", metavar="ID")] = None,
     collection: Name = "memories",
-    limit: Annotated[int, typer.Option(help="How many matches to list.")] = 5,
+    limit: Annotated[int, typer.Option(help="How many matches, or groups of them, to list.")] = 5,
+    offset: Annotated[int, typer.Option(help="How many to pass over.")] = 0,
+    group_by: Annotated[str | None, typer.Option(help="List by the values of this key of the payload.")] = None,
+    group_size: Annotated[int, typer.Option(help="How many matches of each group to list.")] = 1,
+    exclude: Annotated[list[str] | None, typer.Option(help="Leave this memory out.", metavar="ID")] = None,
+    score_threshold: Annotated[float | None, typer.Option(help="The least similarity of a match.")] = None,
     mask: Annotated[Path | None, typer.Option(help="A picture, white where the cue's is missing.")] = None,
     show: Annotated[bool, typer.Option("--show", help="Open the recalled picture beside its original.")] = False,
     save: Annotated[Path | None, typer.Option(help="Write the recalled picture to this file (.png or .webp).")] = None,
@@ -136,11 +142,17 @@ def recall(
     data: Data = None,
     url: Url = None,
 ) -> None:
-    """Recall by a sentence or by a picture."""
-    options: dict[str, Any] = {"limit": limit, "kernel": kernel}
-    if only is not None:
-        options["filter"] = browse.read_filter(only)
-    if Path(cue).is_file():
+    """Recall by a sentence, by a picture, or what is like a memory."""
+    if (cue is None) == (like is None):
+        raise typer.BadParameter("give a sentence or a picture, or --like")
+    options: dict[str, Any] = {"limit": limit, "offset": offset, "exclude": exclude or [], "kernel": kernel}
+    given = {"filter": browse.read_filter(only), "score_threshold": score_threshold, "group_by": group_by, "id": like}
+    options |= {name: value for name, value in given.items() if value is not None}
+    if group_by is not None:
+        options["group_size"] = group_size
+    if cue is None:
+        pass
+    elif Path(cue).is_file():
         options["image"] = Path(cue)
     elif Path(cue).suffix.lower() in ENDINGS:
         raise NotFound(f"{cue} looks like a picture, and there is no such file")

@@ -63,10 +63,12 @@ def _matches(answer: Recall) -> Table:
     table.add_column("weight", justify="right")
     table.add_column(f"similarity ({compared})", justify="right")
     with_text, with_payload = (any(m.text for m in answer.matches), any(m.payload for m in answer.matches))
-    for heading in ["caption"] * with_text + ["payload"] * with_payload:
+    grouped = any(m.group is not None for m in answer.matches)
+    for heading in ["group"] * grouped + ["caption"] * with_text + ["payload"] * with_payload:
         table.add_column(heading)
     for match in answer.matches:
-        said = [match.text or ""] * with_text + ["" if match.payload is None else str(match.payload)] * with_payload
+        said = [str(match.group)] * grouped
+        said += [match.text or ""] * with_text + ["" if match.payload is None else str(match.payload)] * with_payload
         table.add_row(escape(match.id), f"{match.weight:.3f}", f"{match.similarity:.3f}", *map(escape, said))
     return table
 

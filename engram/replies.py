@@ -126,7 +126,7 @@ class Operation(Reply):
 
 @dataclass(frozen=True)
 class Match(Reply):
-    """`text`: its caption, as it is stored."""
+    """`text`: its caption, as it is stored. `group`: the value of the group it is listed for (`group_by`)."""
 
     id: str
     weight: float
@@ -134,6 +134,7 @@ class Match(Reply):
     text: str | None = None
     payload: dict[str, Any] | None = None
     vectors: dict[str, list[float]] | None = None
+    group: str | bool | int | float | None = None
 
 
 @dataclass(frozen=True)

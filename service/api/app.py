@@ -119,9 +119,14 @@ STORE_FORM = {
     "memories": {"type": "string", "description": "JSON, as in the JSON body; an image is {\"part\": its part's name}"},
     "wait": JSON_TEXT, "timeout_s": JSON_TEXT,
 }  # fmt: skip
-RECALL_FORM = {"image": FILE, "mask": FILE, "text": {"type": "string"}, "vectors": JSON_TEXT, "cues": JSON_TEXT} | {
-    name: JSON_TEXT for name in RecallRequest.model_fields if name not in ("cue", "cues")
-}
+RECALL_FORM = {
+    "image": FILE,
+    "mask": FILE,
+    "text": {"type": "string"},
+    "id": {"type": "string"},
+    "vectors": JSON_TEXT,
+    "cues": JSON_TEXT,
+} | {name: JSON_TEXT for name in RecallRequest.model_fields if name not in ("cue", "cues")}
 
 PROBLEM: dict[str, Any] = {
     "description": "A problem (RFC 9457)",

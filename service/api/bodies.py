@@ -21,7 +21,7 @@ from service.errors import InvalidRequest, MalformedBody
 M = TypeVar("M", bound=BaseModel)
 
 FIELD_BYTES_MAX = 16 * 2**20  # one non-file field of a form: a batch's JSON; the whole body has a bound of its own
-CUE_FIELDS = ("text", "image", "mask", "vectors")
+CUE_FIELDS = ("text", "image", "mask", "vectors", "id")
 MEMORY_FIELDS = ("id", "image", "text", "vectors", "payload")
 
 
@@ -82,7 +82,7 @@ async def _fields(request: Request) -> dict[str, Any]:
                 raise InvalidRequest(f"the form has two parts named {name}")
             if isinstance(value, UploadFile):
                 fields[name] = {"base64": await value.read()}
-            elif name in ("text", "id"):
+            elif name in ("text", "id", "group_by"):
                 fields[name] = value
             else:
                 try:

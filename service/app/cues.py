@@ -19,6 +19,7 @@ from torch import Tensor
 from service.app.encoding import EncodeCache, Parts, Vectors, Wanted, content_of, encode
 from service.app.live import LiveCollection, Space
 from service.app.schemas import Cue
+from service.bank import View
 from service.core.similarity import MAGNITUDE_MAX, normalise_rows
 from service.encoders.picture import read_picture
 from service.encoders.protocol import Encoder, Source
@@ -26,6 +27,7 @@ from service.errors import (
     EmptyText,
     EngramError,
     InvalidVector,
+    MemoryNotFound,
     NothingObserved,
     UnknownSpace,
     WrongDimension,
@@ -38,13 +40,14 @@ PIXELS_AT_ONCE = 32 * 2**20  # decoded pixels held for one batch, the last pictu
 @dataclass(eq=False)
 class CueBlocks:
     """The encoded cue: one raw vector per space it fills. `crossed`: the spaces that it fills from another source than
-    memories do, as a text fills a joint space of pictures.
+    memories do, as a text fills a joint space of pictures. `without`: a memory that it is not to recall, itself.
     """
 
     vectors: Vectors
     modality: str
     warnings: list[str]
     crossed: frozenset[str] = frozenset()
+    without: str | None = None
 
 
 def modality_of(spaces: Sequence[str], masked: bool) -> str:
@@ -126,6 +129,22 @@ def encode_cues(
         crossed = {name for name, by in fills.items() if by not in ("vectors", live.spaces[name].config.source)}
         blocks.append(CueBlocks(vectors, modality_of(list(vectors), masked), warnings, frozenset(crossed)))
     return blocks
+
+
+def cue_of_memory(
+    live: LiveCollection, view: View, memory_id: str, chosen: Mapping[str, float] | None, *, exclude_self: bool
+) -> CueBlocks:
+    """A stored memory as a cue: its own patterns in the `chosen` spaces. Raises `MemoryNotFound`, `NothingObserved`."""
+    row = view.rows_of([memory_id])
+    if int(row[0]) < 0:
+        raise MemoryNotFound(f"There is no memory {memory_id!r}.")
+    searched = [name for name in live.spaces if chosen is None or name in chosen]
+    one = torch.ones(1, 1)
+    patterns = {name: view.read_out(row[None], one, name)[0].numpy() for name in searched}
+    vectors = {name: pattern for name, pattern in patterns.items() if pattern.any()}
+    if not vectors:
+        raise NothingObserved(f"memory {memory_id} has no pattern in a space that is searched ({', '.join(searched)})")
+    return CueBlocks(vectors, modality_of(list(vectors), False), [], without=memory_id if exclude_self else None)
 
 
 def memory_wants(live: LiveCollection, parts: Parts, has_picture: bool) -> Wanted:

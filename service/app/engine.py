@@ -21,7 +21,7 @@ from service.app.absent import AbsentEncoder
 from service.app.batching import MicroBatcher
 from service.app.calibrate import run_calibrate_job
 from service.app.completion import describe
-from service.app.cues import CueBlocks, encode_cues, in_batches, read_parts
+from service.app.cues import CueBlocks, cue_of_memory, encode_cues, in_batches, read_parts
 from service.app.diagnose import diagnose
 from service.app.encoding import Parts, run_once
 from service.app.kernel_schemas import KernelList, TrainKernel
@@ -39,7 +39,8 @@ from service.app.memory_schemas import (
     ScrollReply,
     ScrollRequest,
 )
-from service.app.recall import Recalled, Resolved, check_size, empty_result, recall_blocks, resolve
+from service.app.recall import Recalled, empty_result, recall_blocks
+from service.app.recall_options import Resolved, check_size, resolve
 from service.app.recall_schemas import RecallReply, Timings
 from service.app.reencode import enqueue_reencode, run_reencode_job
 from service.app.reencode_schemas import ReencodeRequest
@@ -216,15 +217,20 @@ class Engine:
         started = time.perf_counter()
         live = self.resources.live(name)
         options = resolve(live, request)
-        live.require(live.spaces if options.chosen is None else options.chosen)
         single = request.cue is not None
         cues = [request.cue] if request.cue is not None else request.cues or []
+        if any(cue.id is None for cue in cues):  # a stored memory's patterns are there, whatever became of the encoder
+            live.require(live.spaces if options.chosen is None else options.chosen)
+        view = live.bank.view()
         check_size(live, options, len(cues))
         blocks: list[CueBlocks | EngramError] = [NothingObserved("not read yet")] * len(cues)
 
         def read() -> Iterator[tuple[int, Parts]]:
             for i, cue in enumerate(cues):
                 try:
+                    if cue.id is not None:
+                        blocks[i] = cue_of_memory(live, view, cue.id, options.chosen, exclude_self=request.exclude_self)
+                        continue
                     yield i, read_parts(cue, live, self.resources.settings.image_pixels_max)
                 except EngramError as error:
                     blocks[i] = error

@@ -28,6 +28,7 @@ from service.encoders.protocol import DIMENSION_MAX
 
 BATCH_MAX = 1_000  # memories or cues in one request: a batch is decoded and held in memory whole
 LIMIT_MAX = 1_000  # matches in one answer; a page a person or program can still use
+GROUP_SIZE_MAX = 100  # matches of one group; more of them are what a filter on its value is for
 SUPPORT_MAX = 4_096  # rows gathered per cue: at 3,072 values a row, 50 MB a cue
 STEPS_MAX = 100  # updates of one recall; modern Hopfield dynamics settles in a handful
 TEXT_MAX = 10_000  # characters of one text; every text tower here cuts far below it

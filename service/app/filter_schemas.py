@@ -11,13 +11,13 @@ import re
 from typing import Annotated, Any, Self
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     StrictBool,
     StrictStr,
     ValidatorFunctionWrapHandler,
     WrapValidator,
-    field_validator,
     model_validator,
 )
 
@@ -95,6 +95,26 @@ def _text(value: object) -> object:
     return _storable(value) if isinstance(value, str) else value
 
 
+def _well_formed(key: str) -> str:
+    if _KEY.fullmatch(_storable(key)) is None:
+        raise ValueError(
+            "is names joined by dots; a name with a dot or a bracket is put in double quotes, and none has a double "
+            "quote, a backslash or a control character. Elements of arrays are meant by themselves, not by number"
+        )
+    if len(path_of(key)) > KEY_DEPTH_MAX:
+        raise ValueError(f"is nested deeper than {KEY_DEPTH_MAX}")
+    return key
+
+
+def path_of(key: str) -> Path:
+    """The names that a well-formed key joins."""
+    names = (found.group().removesuffix("[]") for found in re.finditer(_NAME, key))
+    return tuple(name[1:-1] if name.startswith('"') else name for name in names)
+
+
+Key = Annotated[str, Field(min_length=1, max_length=KEY_MAX), AfterValidator(_well_formed)]
+"""A payload's key, as in seller.city or "opening hours".monday."""
+
 Prefixed = Annotated[StrictStr, BeforeValidator(_text)]
 Scalar = Annotated[str | bool | int | float, WrapValidator(_scalar)]
 Bound = Annotated[int | float | str, WrapValidator(_bound)]
@@ -141,10 +161,8 @@ class Condition(Request):
     stands for its elements.
     """
 
-    key: str = Field(
+    key: Key = Field(
         default=ABSENT,
-        min_length=1,
-        max_length=KEY_MAX,
         description="a payload's key; nested ones by dots: seller.city. A name with a dot is put in double quotes",
     )
     match: Scalar = Field(default=ABSENT, description="the value is this one")
@@ -163,19 +181,6 @@ class Condition(Request):
     must: list[Condition] = Field(default=ABSENT)
     should: list[Condition] = Field(default=ABSENT)
     must_not: list[Condition] = Field(default=ABSENT)
-
-    @field_validator("key")
-    @classmethod
-    def _well_formed(cls, key: str) -> str:
-        if _KEY.fullmatch(_storable(key)) is None:
-            raise ValueError(
-                "is names joined by dots; a name with a dot or a bracket is put in double quotes, and none has a "
-                "double quote, a backslash or a control character. Elements of arrays are meant by themselves, not by "
-                "number"
-            )
-        if len(_path(key)) > KEY_DEPTH_MAX:
-            raise ValueError(f"is nested deeper than {KEY_DEPTH_MAX}")
-        return key
 
     @model_validator(mode="after")
     def _one_of(self) -> Self:
@@ -197,7 +202,7 @@ class Condition(Request):
             return Ids(frozenset(self.ids))
         if "key" not in given:
             return _clause(self)
-        path = _path(self.key)
+        path = path_of(self.key)
         if "match" in given:
             return AnyOf(path, Values.of([self.match]))
         if "any" in given:
@@ -214,11 +219,6 @@ class Condition(Request):
 
 def _clause(groups: Filter | Condition) -> Clause:
     return Clause(*(tuple(each.node() for each in getattr(groups, group) or ()) for group in GROUPS))
-
-
-def _path(key: str) -> Path:
-    names = (found.group().removesuffix("[]") for found in re.finditer(_NAME, key))
-    return tuple(name[1:-1] if name.startswith('"') else name for name in names)
 
 
 def _said(names: set[str]) -> str:

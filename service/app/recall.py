@@ -14,119 +14,34 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import orjson
 import torch
 from torch import Tensor
 
 from service.app.calibrate import margin_for
-from service.app.comparison import SCORE_ERROR, Comparison, own
+from service.app.certificates import certify
+from service.app.comparison import Comparison, own
 from service.app.completion import completed, states
 from service.app.cues import CueBlocks, stack
-from service.app.drawing import check_drawings, draw, draw_steps
+from service.app.drawing import draw, draw_steps
 from service.app.gates import SUPPORT, log_masses
+from service.app.listing import listed
 from service.app.live import LiveCollection
+from service.app.recall_options import Resolved
 from service.app.recall_schemas import Match, ProblemDict, RecallResult, Verdict
 from service.app.routes import Way, ways
-from service.app.schemas import RecallOptions, format_of, separation_of
 from service.app.verdicts import AMBIGUOUS_WEIGHT, CANDIDATES_MAX, heaviest, rivals, twins
 from service.bank import Found, View
 from service.core.beta import auto_beta
-from service.core.certificate import softmax_bound, sparse_exact
-from service.core.filter import Clause
 from service.core.names import Separation
 from service.core.retrieve import Outcome, retrieve, rounding_of
-from service.core.separation import separate
-from service.core.similarity import overlaps
-from service.core.support import top_k
-from service.core.update import association
-from service.encoders.picture import PictureFormat
-from service.errors import InvalidRequest, NotDecodable, UnknownKernel, UnknownSpace
 
 OUTCOMES = {int(outcome): outcome.name.lower() for outcome in Outcome}
-REPLY_VALUES_MAX = 4 * 2**20  # numbers in one answer: as JSON some 50 MB
-MATCH_VALUES = 8  # what a match without vectors counts for
 DESCRIBED_MAX = 8  # memories whose captions may be the recalled one: a caption that more share is first among these
 VALUES_MAX = (
     4 * 2**20
 )  # values (16 MB) that one batch gathers: beyond the cache, and what malloc gives back, it is only slower
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """Recall options with the collection's defaults filled in; hashable, so that equal requests share a batch."""
-
-    limit: int
-    offset: int
-    filter: Clause | None
-    exclude: frozenset[str]
-    score_threshold: float | None
-    spaces: tuple[tuple[str, float], ...] | None
-    support: int | Literal["dense"]
-    exact: bool
-    separation: Separation
-    beta: float | Literal["auto"]
-    update_steps_max: int
-    step_size: float
-    clamp_observed: bool
-    kernel: str
-    gate: bool
-    certify: bool
-    reconstruct: PictureFormat | None
-    with_payload: bool
-    with_text: bool
-    with_vectors: bool
-    trace: PictureFormat | None
-
-    @property
-    def reach(self) -> int:
-        """Matches up to the last one asked for, those passed over among them."""
-        return self.offset + self.limit
-
-    @property
-    def chosen(self) -> dict[str, float] | None:
-        return None if self.spaces is None else dict(self.spaces)
-
-
-def resolve(live: LiveCollection, options: RecallOptions) -> Resolved:
-    """Raises `UnknownSpace` and `NotDecodable` before any work is done."""
-    default = live.config.recall
-    for name in options.spaces or ():
-        if name not in live.spaces:
-            raise UnknownSpace(f"collection {live.name} has no space {name}; it has {', '.join(live.spaces)}")
-    if (options.reconstruct or options.trace) and live.decoder is None:
-        raise NotDecodable(f"collection {live.name} has no space whose encoder decodes; `pixels` does")
-    return Resolved(
-        limit=options.limit,
-        offset=options.offset,
-        filter=None if options.filter is None else options.filter.clause(),
-        exclude=frozenset(options.exclude),
-        score_threshold=options.score_threshold,
-        spaces=None if options.spaces is None else tuple(sorted(options.spaces.items())),
-        support=default.support if options.support is None else options.support,
-        exact=options.exact,
-        separation=separation_of(default.separation if options.separation is None else options.separation),
-        beta=default.beta if options.beta is None else options.beta,
-        update_steps_max=default.update_steps_max if options.update_steps_max is None else options.update_steps_max,
-        step_size=default.step_size if options.step_size is None else options.step_size,
-        clamp_observed=default.clamp_observed if options.clamp_observed is None else options.clamp_observed,
-        kernel=_kernel(live, default.kernel if options.kernel is None else options.kernel),
-        gate=options.gate,
-        certify=options.certify,
-        reconstruct=format_of(options.reconstruct),
-        with_payload=options.with_payload,
-        with_text=options.with_text,
-        with_vectors=options.with_vectors,
-        trace=format_of(options.trace),
-    )
-
-
-def _kernel(live: LiveCollection, asked: str) -> str:
-    if asked not in ("auto", "none") and live.learned.by_id(asked) is None:
-        active = ", ".join(kernel.id for kernel in live.learned.kernels.values()) or "none is"
-        raise UnknownKernel(f"kernel is auto, none or the id of one in use ({active}), not {asked}")
-    return asked
 
 
 class Stopwatch:
@@ -161,13 +76,15 @@ def recall_blocks(live: LiveCollection, cues: Sequence[CueBlocks], options: Reso
     watch = Stopwatch()
     # In this order: a kernel comes to the bank before it is learned, so the view knows every kernel of these.
     learned, whole = live.learned, live.bank.view()
-    view = whole.restricted(options.filter, options.exclude)
-    groups: dict[str, list[int]] = defaultdict(list)
+    kept = whole.restricted(options.filter, options.exclude)
+    # What a cue leaves out is dead for it, so that every stage is asked of what it may return.
+    groups: dict[tuple[str, str | None], list[int]] = defaultdict(list)
     for i, cue in enumerate(cues):
-        groups[cue.modality].append(i)
+        groups[cue.modality, cue.without].append(i)
     results: dict[int, RecallResult] = {}
     heaviest: dict[int, Weighted] = {}
-    for modality, members in groups.items():
+    for (modality, without), members in groups.items():
+        view = kept if without is None else kept.restricted(None, frozenset([without]))
         for part in _within_memory(live, view, members, options):
             some = [cues[i] for i in part]
             if view.count == 0:
@@ -181,18 +98,8 @@ def recall_blocks(live: LiveCollection, cues: Sequence[CueBlocks], options: Reso
                 heaviest.update(zip((part[i] for i in way.members), recall.heaviest(), strict=True))
     everyone = range(len(cues))
     return Recalled(
-        view.version, [results[i] for i in everyone], watch.seconds, [heaviest.get(i, []) for i in everyone]
+        kept.version, [results[i] for i in everyone], watch.seconds, [heaviest.get(i, []) for i in everyone]
     )
-
-
-def check_size(live: LiveCollection, options: Resolved, cues: int) -> None:
-    """Refuse a request whose answer would be too large to hold. Raises `InvalidRequest`, saying what fits."""
-    vectors = options.limit + 1 if options.with_vectors else 0  # the matches', and the state's
-    most = REPLY_VALUES_MAX // (vectors * live.layout.dimension + options.limit * MATCH_VALUES)
-    if cues > max(1, most):
-        raise InvalidRequest(f"{cues} cues with {options.limit} matches each are too many at once; send at most {most}")
-    pictures = (options.reconstruct is not None) + (options.update_steps_max + 1) * (options.trace is not None)
-    check_drawings(live, cues * pictures)
 
 
 def _within_memory(
@@ -230,7 +137,7 @@ class _Recall:
         self._gate()
         self.watch.lap("gate")
         self._settle()
-        self._certify()
+        self.certificates = certify(self.by, self.view, self.found, self.settled, self.beta, self.options)
         self.watch.lap("dynamics")
         self._judge()
         results = self._replies()
@@ -262,8 +169,7 @@ class _Recall:
         limit = max(options.support, options.reach)
         found = self.way.found
         if found is None:
-            weights = self.live.weights_of(self.live.spaces) | (options.chosen or {})
-            found = self.by.search(self.view, self.cue, weights, max(limit, SUPPORT), exact=options.exact)
+            found = self.by.search(self.view, self.cue, self._search_weights, max(limit, SUPPORT), exact=options.exact)
         self.nearest, self.nearest_rows = found.scores[:, :SUPPORT], found.rows[:, :SUPPORT]
         self.found = Found(found.rows[:, :limit], found.scores[:, :limit], found.exact)
         self.stored, self.first_scores = self.by.gather(self.view, self.found.rows), self.found.scores
@@ -330,43 +236,6 @@ class _Recall:
         norm_max = math.sqrt(margin) if self.by.raw and margin else self.by.norm_max(self.view)
         return beta_for(margin, separation, norm_max, support)
 
-    def _certify(self) -> None:
-        """A certificate belongs to a step whose rows an exact search chose at that step's state, over the blocks it
-        scores.
-        """
-        options, settled = self.options, self.settled
-        batch = len(self.cues)
-        self.certified, self.error_bound = [False] * batch, [None] * batch
-        if options.certify:
-            # Every row at the last state, over all blocks; the cost of a dense step, which is what is asked for.
-            stored, _ = self.by.matrix(self.view)
-            every = overlaps(self.blocks, stored, settled.state)
-            support = min(self.found.rows.shape[1], self.view.count)
-            scored, chosen = (every, None) if support == self.view.count else top_k(every, support)
-            weights = separate(options.separation, scored * self.beta)
-            target = association(stored if chosen is None else stored[chosen], weights)
-            applies, moved = [True] * batch, self.by.length(target - settled.state)
-        elif self.found.exact:
-            scored, applies = self.found.scores, (settled.steps == 1).tolist()
-            moved = torch.zeros(batch)
-        else:
-            return
-        norm_max = self.by.norm_max(self.view)
-        score_error = SCORE_ERROR * (1.0 if self.blocks.similarity == "cosine" else norm_max**2)
-        if self.by.kernels:  # rows are scaled by 1/‖Wû‖, and their rounding with them
-            score_error *= max(1.0, self.view.norm_bound(self.by.kernels))
-        if options.separation == "softmax":
-            missed = softmax_bound(scored, self.view.count, self.beta, norm_max, score_error)[1]
-            holds, distance = [True] * batch, (missed + moved).tolist()
-        elif options.separation == "max":
-            holds, distance = [True] * batch, moved.tolist()  # the first row is the first of all rows
-        else:
-            exact = sparse_exact(options.separation, scored, self.beta, self.view.count, score_error)
-            holds, distance = exact.tolist(), moved.tolist()
-        for i in range(batch):
-            if applies[i] and holds[i]:
-                self.certified[i], self.error_bound[i] = True, distance[i]
-
     def _judge(self) -> None:
         """The verdicts, and the memories that each cue does not tell apart."""
         batch = len(self.cues)
@@ -428,17 +297,10 @@ class _Recall:
 
     def _replies(self) -> list[RecallResult]:
         found, settled, options = self.found, self.settled, self.options
-        # Candidates come by falling similarity, so a stable sort by weight leaves ties in that order.
-        listed, ranks = found.rows, self.weights
-        if options.score_threshold is not None:
-            under = found.scores < options.score_threshold
-            listed, ranks = listed.masked_fill(under, -1), ranks.masked_fill(under, -1.0)
-        order = ranks.argsort(dim=1, descending=True, stable=True)[:, options.offset : options.reach]
-        rows = listed.gather(1, order)
-        weights, similarities = self.weights.gather(1, order).tolist(), found.scores.gather(1, order).tolist()
-        ids = self.view.ids(rows)
-        payloads = self.view.payloads(rows) if options.with_payload else None
-        vectors = self._raw_vectors(rows) if options.with_vectors else {}
+        shown = listed(self.view, found, self.weights, options, self._further)
+        ids = self.view.ids(shown.rows)
+        payloads = self.view.payloads(shown.rows) if options.with_payload else None
+        vectors = self._raw_vectors(shown.rows) if options.with_vectors else {}
         shares = completed(self.live, self.view, self.cue, found.rows, self.weights)
         state = states(self.live, self.view, found.rows, self.weights) if options.with_vectors else {}
         rivals = self.nearest[:, 1] if self.nearest.shape[1] > 1 else torch.full_like(self.nearest[:, 0], -torch.inf)
@@ -454,9 +316,11 @@ class _Recall:
                     break
                 payload = None if payloads is None else payloads[i][j]
                 match: Match = {
-                    "id": memory_id, "weight": weights[i][j], "similarity": similarities[i][j], "text": None,
-                    "payload": None if payload is None else orjson.loads(payload),
+                    "id": memory_id, "weight": shown.weights[i][j], "similarity": shown.similarities[i][j],
+                    "text": None, "payload": None if payload is None else orjson.loads(payload),
                 }  # fmt: skip
+                if shown.groups is not None:
+                    match["group"] = shown.groups[i][j]
                 if vectors:
                     match["vectors"] = {name: v[i, j].tolist() for name, v in vectors.items() if v[i, j].any()}
                 matches.append(match)
@@ -467,11 +331,12 @@ class _Recall:
             if options.with_vectors:
                 recalled = self.verdicts[i] != "unknown"
                 result["state"] = {name: x[i].tolist() for name, x in state.items()} if recalled else None
+            certified, error_bound = self.certificates[i]
             result["recall"] = {
                 "steps": steps[i], "converged": outcomes[i] == Outcome.CONVERGED, "outcome": OUTCOMES[outcomes[i]],
                 "energy": energies[i][: steps[i] + 1] if supports[i] else [], "margin": margins[i],
-                "beta": self.beta, "support": supports[i], "certified": self.certified[i],
-                "error_bound": self.error_bound[i], "compared_by": self.way.says, "kernels": self.way.kernel_ids,
+                "beta": self.beta, "support": supports[i], "certified": certified, "error_bound": error_bound,
+                "compared_by": self.way.says, "kernels": self.way.kernel_ids,
                 "probability": None if self.way.probability is None else self.way.probability[i],
             }  # fmt: skip
             judged = None if self.gate is None else self.gate.record
@@ -482,6 +347,15 @@ class _Recall:
                 }  # fmt: skip
             results.append(result)
         return results
+
+    def _further(self, view: View, cue: int, limit: int) -> Found:
+        """What else is near one cue, compared as all of it was."""
+        alone = {name: block[cue : cue + 1] for name, block in self.cue.items()}
+        return self.by.search(view, alone, self._search_weights, limit, exact=self.options.exact)
+
+    @property
+    def _search_weights(self) -> dict[str, float]:
+        return self.live.weights_of(self.live.spaces) | (self.options.chosen or {})
 
     def _raw_vectors(self, rows: Tensor) -> dict[str, Tensor]:
         """The matches' vectors as they were stored: space → (batch, limit, dimension)."""

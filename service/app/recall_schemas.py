@@ -12,8 +12,11 @@ from service.app.fields import Payload
 
 
 class Match(TypedDict):
-    """`text`: the caption as it is stored; null where there is none, or captions were not asked for. `vectors`: as they
-    were stored.
+    """`weight`: of this memory after the last step. Weights sum to 1 over the support, which is more memories than the
+    matches, or fewer: one that is listed beyond it has 0.
+    `text`: the caption as it is stored; null where there is none, or captions were not asked for. `vectors`: as they
+    were stored. `group` (group_by): the value of the group that it is listed for; a memory of two groups is listed for
+    each, with the same weight.
     """
 
     id: str
@@ -22,6 +25,7 @@ class Match(TypedDict):
     text: str | None
     payload: Payload | None
     vectors: NotRequired[dict[str, list[float]]]
+    group: NotRequired[str | bool | int | float]
 
 
 class Dynamics(TypedDict):

@@ -33,7 +33,7 @@ from service.core.similarity import MAGNITUDE_MAX
 
 if TYPE_CHECKING:
     from service.app.live import Learned, LiveCollection
-    from service.app.recall import Resolved
+    from service.app.recall_options import Resolved
 
 
 @dataclass(frozen=True, eq=False)

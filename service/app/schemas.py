@@ -21,6 +21,7 @@ from pydantic.functional_validators import SkipValidation
 
 from service.app.fields import (
     BATCH_MAX,
+    GROUP_SIZE_MAX,
     LIMIT_MAX,
     SPACES_MAX,
     STEPS_MAX,
@@ -34,7 +35,7 @@ from service.app.fields import (
     Text,
     Vector,
 )
-from service.app.filter_schemas import IDS_MAX, FilterSpec
+from service.app.filter_schemas import IDS_MAX, FilterSpec, Key
 from service.app.gate_schemas import CalibrationInfo, GateConfig, TargetTpr
 from service.app.kernel_schemas import KernelInUse, TrainKernel
 from service.core.names import ALPHA_MAX, Separation, Similarity, entmax
@@ -362,6 +363,20 @@ class RecallOptions(Request):
     score_threshold: float | None = Field(
         default=None, description="the least similarity (before any step) of a match that is listed"
     )
+    group_by: Key | None = Field(
+        default=None,
+        description="a payload's key, as in filters: `limit` and `offset` then count groups of memories with one "
+        "value, and each match says its `group`. Groups come by their best match. A memory without the key is in no "
+        "group and not listed; one with an array there is in the group of each of its elements. min(limit, groups "
+        "there are) come back: memories beyond the support by their similarity, with the weight 0. Weights are of "
+        "memories, not of groups, as they are without groups",
+    )
+    group_size: int = Field(
+        default=1, ge=1, le=GROUP_SIZE_MAX, description="memories of a group that are listed, the best ones"
+    )
+    exclude_self: bool = Field(
+        default=True, description="of a cue that is a stored memory: leave that one out, as if it were in `exclude`"
+    )
     spaces: dict[Name, Weight] | None = Field(default=None, description="use these spaces only, with these weights")
     support: Support | None = None
     exact: bool = False
@@ -387,12 +402,32 @@ class RecallOptions(Request):
     def _within_reach(self) -> Self:
         if self.offset + self.limit > SUPPORT_MAX:
             raise ValueError(f"offset and limit are at most {SUPPORT_MAX} together; a scroll goes on without end")
+        if self.group_by is None and "group_size" in self.model_fields_set:
+            raise ValueError("group_size goes with group_by")
+        if self.limit * self.group_size > LIMIT_MAX:
+            raise ValueError(f"limit times group_size, the matches of one answer, is at most {LIMIT_MAX}")
+        return self
+
+
+class RecallCue(Cue):
+    """As a cue, or a memory that is stored: then the cue is its own patterns, which nothing needs to encode."""
+
+    id: MemoryId | None = Field(
+        default=None,
+        description="more like this memory, by its own patterns in the spaces that are searched. The verdict is on its "
+        "nearest other memory: known, that one is so like it as to pass for its origin; unknown (the usual), none is",
+    )
+
+    @model_validator(mode="after")
+    def _id_alone(self) -> Self:
+        if self.id is not None and len(self.model_fields_set) > 1:
+            raise ValueError("an id is a cue by itself, without text, image, mask and vectors")
         return self
 
 
 class RecallRequest(RecallOptions):
-    cue: Cue | None = None
-    cues: list[Cue] | None = Field(default=None, min_length=1, max_length=BATCH_MAX)
+    cue: RecallCue | None = None
+    cues: list[RecallCue] | None = Field(default=None, min_length=1, max_length=BATCH_MAX)
 
     @model_validator(mode="after")
     def _one_of(self) -> Self:

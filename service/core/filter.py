@@ -19,6 +19,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import date
+from typing import Any
 
 INTEGER_MIN, INTEGER_MAX = -(2**63), 2**63 - 1
 
@@ -151,6 +152,15 @@ def paths(node: Node) -> Iterator[Path]:
             yield from paths(part)
     elif not isinstance(node, Ids):
         yield node.path
+
+
+def elements(payload: object, path: Path) -> list[Any]:
+    """What conditions on a path are asked of: the value there, or each value in an array."""
+    found = [payload]
+    for key in path:
+        values = [holder[key] for holder in found if isinstance(holder, dict) and key in holder]
+        found = [each for value in values for each in (value if isinstance(value, list) else [value])]
+    return found
 
 
 _MOMENT = re.compile(
