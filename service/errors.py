@@ -113,6 +113,10 @@ class Unauthorized(EngramError):
     status, code, title = 401, "unauthorized", "A valid API key is needed"
 
 
+class Forbidden(EngramError):
+    status, code, title = 403, "forbidden", "The API key does not allow this"
+
+
 class CrossSite(EngramError):
     status, code, title = 403, "cross_site", "A web page of another site may not send this"
 
@@ -144,6 +148,10 @@ class KernelNotFound(NotFound):
     code, title = "kernel_not_found", "There is no such kernel in use"
 
 
+class KeyNotFound(NotFound):
+    code, title = "key_not_found", "There is no such API key"
+
+
 class Conflict(EngramError):
     status, code, title = 409, "conflict", "The request conflicts with what is stored"
 
@@ -168,6 +176,10 @@ class OriginalsMissing(Conflict):
     code, title = "originals_missing", "Memories cannot be encoded again: their originals are missing"
 
 
+class AdminKeyNeeded(Conflict):
+    code, title = "admin_key_needed", "Nobody would be left who may make keys"
+
+
 class FolderInUse(Conflict):
     code, title = "folder_in_use", "Another process owns this data folder"
 
@@ -181,6 +193,23 @@ class DatabaseInUse(Conflict):
 
 class TooBusy(EngramError):
     status, code, title = 429, "too_busy", "The server's queue is full"
+
+
+class RateLimited(EngramError):
+    """`allowance`: what is allowed in a window, what is left of it, and in how many seconds there is more."""
+
+    status, code, title = 429, "rate_limited", "More was asked than this key or address may ask"
+
+    def __init__(
+        self,
+        detail: str,
+        *,
+        errors: tuple[ItemError, ...] = (),
+        retry_after_s: int | None = None,
+        allowance: tuple[int, int, int] | None = None,
+    ) -> None:
+        super().__init__(detail, errors=errors, retry_after_s=retry_after_s)
+        self.allowance = allowance
 
 
 class Unavailable(EngramError):

@@ -10,15 +10,15 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 
+from service.errors import InvalidSettings
 from service.settings import Settings
+from service.storage.folder import database_path
 
 GRACE_S = 10  # requests under way at SIGTERM get this long to finish
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
     """A listening address held before anything is loaded. Raises `InvalidSettings` when it is taken or not ours."""
-    from service.errors import InvalidSettings
-
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -28,6 +28,13 @@ def bound_socket(host: str, port: int) -> socket.socket:
         sock.close()
         raise InvalidSettings(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
     return sock
+
+
+def _exposed(settings: Settings) -> InvalidSettings:
+    return InvalidSettings(
+        f"listening on {settings.host} lets other machines in: set ENGRAM_API_KEY, or make a key first"
+        " (engram keys create admin --scope '*=admin'), or listen on 127.0.0.1"
+    )
 
 
 def serve(
@@ -40,6 +47,9 @@ def serve(
 
     Raises `FolderInUse`, `StorageUnavailable`, `InvalidSettings`.
     """
+    made = settings.database_url is not None or database_path(settings.data).exists()
+    if not (settings.is_loopback or settings.api_key is not None or made):
+        raise _exposed(settings)  # there can be no key, and a refusal leaves no folder behind
     # Read by OpenMP when torch and FAISS are first imported, hence before the imports below.
     os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))
     import torch
@@ -56,6 +66,8 @@ def serve(
     url = f"http://{host}:{sock.getsockname()[1]}"
 
     with sock, Engine(settings, load=False) as engine, ExitStack() as work:
+        if not (settings.is_loopback or engine.keys.has_admin):
+            raise _exposed(settings)
         failed: list[BaseException] = []
 
         def prepare() -> None:
@@ -76,8 +88,7 @@ def serve(
                 await super().startup(sockets)
                 preparing.start()
 
-        key = settings.api_key.get_secret_value() if settings.api_key is not None else None
-        app = create_app(engine, api_key=key, body_bytes_max=settings.body_bytes_max)
+        app = create_app(engine, body_bytes_max=settings.body_bytes_max)
         server = Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S))
         # uvicorn raises the signal it stopped for once more; as an exit it leaves this block, which closes the engine.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

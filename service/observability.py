@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Generic, TypeVar
 
@@ -23,10 +23,10 @@ class _Children(dict[tuple[str, ...], M], Generic[M]):
 
     def __init__(self, metric: M) -> None:
         super().__init__()
-        self._metric = metric
+        self.metric = metric
 
     def __missing__(self, labels: tuple[str, ...]) -> M:
-        child = self[labels] = self._metric.labels(*labels)
+        child = self[labels] = self.metric.labels(*labels)
         return child
 
 
@@ -56,6 +56,14 @@ class Metrics:
         self.encode_cache_bytes = Gauge(
             "engram_encode_cache_bytes", "Held by remembered vectors", registry=self.registry
         )
+        # By the names of keys, of which there are a thousand at most. Requests without a key are not here.
+        self.key_requests = Counter("engram_key_requests", "Requests let in", ["key"], registry=self.registry)
+        self.key_bytes = Counter("engram_key_bytes_in", "Bytes of bodies received", ["key"], registry=self.registry)
+        self.key_stored = Counter(
+            "engram_key_stored", "Memories accepted to be stored", ["key"], registry=self.registry
+        )
+        self.key_recalls = Counter("engram_key_recalls", "Cues recalled", ["key"], registry=self.registry)
+        self._by_key = tuple(map(_Children, (self.key_requests, self.key_bytes, self.key_stored, self.key_recalls)))
         self._recalls = _Children(self.recalls)
         self._stages = _Children(self.recall_seconds)
         self._requests = _Children(self.requests)
@@ -73,6 +81,21 @@ class Metrics:
 
     def answered(self, method: str, status: int) -> None:
         self._requests[method, str(status)].inc()
+
+    def used(self, key: str | None, *, requests: int = 0, bytes_in: int = 0, stored: int = 0, recalls: int = 0) -> None:
+        """Count what a key was used for."""
+        if key is None:
+            return
+        for children, amount in zip(self._by_key, (requests, bytes_in, stored, recalls), strict=True):
+            if amount:
+                children[key,].inc(amount)
+
+    def forget_keys_but(self, names: Collection[str]) -> None:
+        """Drop what is counted by the names of keys that are gone."""
+        for children in self._by_key:
+            for labels in [labels for labels in list(children) if labels[0] not in names]:
+                children.pop(labels, None)
+                _remove(children.metric, *labels)
 
     def forget(self, collection: str) -> None:
         """Drop what is counted by this collection's name, if anything is."""

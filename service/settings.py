@@ -9,13 +9,41 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from service.errors import InvalidSettings
 
+if TYPE_CHECKING:
+    from limits import RateLimitItem
+
 PREFIX = "ENGRAM_"
 NOT_OURS = frozenset({"ENGRAM_URL"})  # read by the command line (which server to talk to), not by the server
+
+
+WINDOWS_MAX = 4  # of one rate limit: each is counted with every request
+
+
+def rates(text: str) -> list[RateLimitItem]:
+    """`100/second;2000/minute` as the windows it names. Raises ValueError."""
+    from limits import parse_many  # a tenth of a second, which a command without limits does not take
+
+    try:
+        windows = parse_many(text)
+    except ValueError:
+        windows = []
+    if not 1 <= len(windows) <= WINDOWS_MAX or any(window.amount < 1 for window in windows):
+        raise ValueError(f"a rate limit is like 100/second;2000/minute, with at most {WINDOWS_MAX} windows")
+    return windows
+
+
+def _check_rates(text: str) -> str:
+    rates(text)
+    return text
+
+
+RateLimit = Annotated[str, Field(max_length=200), AfterValidator(_check_rates)]
 
 
 class Settings(BaseModel):
@@ -27,7 +55,15 @@ class Settings(BaseModel):
     )
     host: str = Field(default="127.0.0.1", description="the address to listen on")
     port: int = Field(default=8000, ge=0, le=65535, description="the port to listen on; 0 takes a free one")
-    api_key: SecretStr | None = Field(default=None, description="the admin key; needed beyond loopback")
+    api_key: SecretStr | None = Field(
+        default=None, description="an admin key besides those in the database; one of them is needed beyond loopback"
+    )
+    rate_limit: RateLimit | None = Field(
+        default=None, description="requests of one key, or one address without: 100/second;2000/minute; absent: any"
+    )
+    concurrent_max: int | None = Field(
+        default=None, ge=1, description="requests at once of one key, or one address without; absent: any"
+    )
     threads: int = Field(
         default=1, ge=1, le=256, description="torch threads; more than one is slower under load on few cores"
     )
@@ -71,10 +107,6 @@ def load(environ: Mapping[str, str], **flags: object) -> Settings:
         raise InvalidSettings("; ".join(_sentence(e["loc"], e["msg"]) for e in error.errors())) from None
     if settings.api_key is not None and not settings.api_key.get_secret_value().strip():
         raise InvalidSettings(f"{PREFIX}API_KEY is empty; unset it or give it a value")
-    if not settings.is_loopback and settings.api_key is None:
-        raise InvalidSettings(
-            f"listening on {settings.host} lets other machines in: set {PREFIX}API_KEY, or listen on 127.0.0.1"
-        )
     return settings
 
 
@@ -83,4 +115,4 @@ def _sentence(location: tuple[int | str, ...], message: str) -> str:
     if message == "Extra inputs are not permitted":
         known = ", ".join(f"{PREFIX}{field.upper()}" for field in Settings.model_fields)
         return f"{name} is not a setting; the settings are {known}"
-    return f"{name}: {message}"
+    return f"{name}: {message.removeprefix('Value error, ')}"

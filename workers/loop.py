@@ -91,7 +91,9 @@ class Worker(threading.Thread):
 
 
 class Housekeeper(threading.Thread):
-    """Looks each second whether a bank should be sealed, and each hour after what storage no longer needs."""
+    """Looks each second whether a bank should be sealed and which keys there are, and each hour after what storage no
+    longer needs.
+    """
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(name="housekeeper", daemon=True)
@@ -102,6 +104,10 @@ class Housekeeper(threading.Thread):
         tidy_at = 0.0
         while not self._stopping.wait(SEAL_POLL_S):
             self._engine.seal()
+            try:
+                self._engine.follow_keys()
+            except EngramError as error:
+                log.warning("the API keys could not be read again", detail=error.detail)
             if (now := time.monotonic()) >= tidy_at:
                 tidy_at = now + HOUSEKEEPING_S
                 try:

@@ -6,6 +6,7 @@ CPU-bound work runs on a bounded pool of threads; the event loop only parses bod
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -22,8 +23,10 @@ from starlette.routing import Route
 
 from service.api import bodies, problems
 from service.api.edge import Edge
+from service.app.access import CALLER, check
 from service.app.engine import Engine
 from service.app.kernel_schemas import KernelList
+from service.app.key_schemas import KeyList, KeyRequest, NewKey
 from service.app.memory_schemas import (
     CountReply,
     CountRequest,
@@ -35,6 +38,7 @@ from service.app.memory_schemas import (
     ScrollReply,
     ScrollRequest,
 )
+from service.app.needs import need_of
 from service.app.recall_schemas import RecallReply
 from service.app.reencode_schemas import ReencodeRequest
 from service.app.reports import Diagnostics
@@ -80,7 +84,8 @@ class Pool:
             raise TooBusy(f"{POOL_WAITING_MAX} requests are waiting already", retry_after_s=1)
         self._pending += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: call(*args, **kwargs))
+            work = partial(contextvars.copy_context().run, call, *args, **kwargs)  # the caller goes along
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
         finally:
             self._pending -= 1
 
@@ -132,7 +137,18 @@ PROBLEM: dict[str, Any] = {
     "description": "A problem (RFC 9457)",
     "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/ProblemDetails"}}},
 }
-v1 = APIRouter(prefix="/v1", responses={"default": PROBLEM})
+
+
+async def _allowed(request: Request) -> None:
+    """Raises `Forbidden` where the key does not give what the route needs."""
+    allow(request, request.scope["route"].name)
+
+
+def allow(request: Request, operation: str) -> None:
+    check(CALLER.get(), need_of(operation), request.path_params.get("collection"))
+
+
+v1 = APIRouter(prefix="/v1", responses={"default": PROBLEM}, dependencies=[Depends(_allowed)])
 
 
 @v1.get("/encoders", tags=["encoders"])
@@ -234,6 +250,7 @@ async def store(collection: CollectionName, request: Request, engine: Engine_, p
 
 async def recall(request: Request) -> Response:
     """Recall memories from a cue: a text, an image (with a mask of what is missing), vectors, or several at once."""
+    allow(request, "recall")
     engine: Engine = request.app.state.engine
     pool: Pool = request.app.state.pool
     collection = request.path_params["collection"]
@@ -343,6 +360,27 @@ async def cancel_operation(id: Annotated[str, Path(max_length=64)], engine: Engi
     return await pool.run(engine.cancel, id)
 
 
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+
+@v1.post("/keys", status_code=201, tags=["keys"], openapi_extra=_body(KeyRequest))
+async def create_key(request: Request, engine: Engine_, pool: Pool_) -> NewKey:
+    """Make an API key; it is in this reply and nowhere else. Once there is one, every request needs a key."""
+    return await pool.run(engine.keys.create, await bodies.read(request, KeyRequest))
+
+
+@v1.get("/keys", tags=["keys"])
+async def list_keys(engine: Engine_, pool: Pool_) -> KeyList:
+    """The keys that were made, revoked ones among them; never the keys themselves."""
+    return await pool.run(engine.keys.listed)
+
+
+@v1.delete("/keys/{id}", status_code=204, tags=["keys"])
+async def revoke_key(id: Annotated[str, Path(max_length=64)], engine: Engine_, pool: Pool_) -> None:
+    """Refuse a key from now on."""
+    await pool.run(engine.keys.revoke, id)
+
+
 # --- the server itself ------------------------------------------------------------------------------------------------
 
 system = APIRouter(tags=["system"])
@@ -368,7 +406,12 @@ async def readyz(engine: Engine_, pool: Pool_) -> dict[str, str]:
     return {"status": "ready"}
 
 
-@system.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+@system.get(
+    "/metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {}}}, "default": PROBLEM},
+    dependencies=[Depends(_allowed)],
+)
 async def get_metrics(engine: Engine_) -> Response:
     """For Prometheus."""
     return Response(generate_latest(engine.resources.metrics.registry), media_type=CONTENT_TYPE_LATEST)
@@ -384,8 +427,8 @@ def _document(app: FastAPI) -> dict[str, Any]:
     document = FastAPI.openapi(app)
     template = "#/components/schemas/{model}"
     models = (
-        CollectionConfig, CountRequest, DeleteRequest, GetRequest, MemoryInput, ProblemDetails, RecallRequest,
-        ReencodeRequest, ScrollRequest, StoreRequest, TrainRequest,
+        CollectionConfig, CountRequest, DeleteRequest, GetRequest, KeyRequest, MemoryInput, ProblemDetails,
+        RecallRequest, ReencodeRequest, ScrollRequest, StoreRequest, TrainRequest,
     )  # fmt: skip
     read = [(model, "validation") for model in models]
     _, definitions = models_json_schema(read, ref_template=template)  # type: ignore[arg-type]
@@ -395,7 +438,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
     return document
 
 
-def create_app(engine: Engine | None, *, api_key: str | None = None, body_bytes_max: int | None = None) -> FastAPI:
+def create_app(engine: Engine | None, *, body_bytes_max: int | None = None) -> FastAPI:
     """The application over an open engine (None only to generate the OpenAPI document)."""
     app = FastAPI(title="Engram", version="1", description=DESCRIPTION, generate_unique_id_function=_operation_id)
     app.state.engine = engine
@@ -406,5 +449,5 @@ def create_app(engine: Engine | None, *, api_key: str | None = None, body_bytes_
     problems.install(app)
     app.openapi = partial(_document, app)  # type: ignore[method-assign]
 
-    app.add_middleware(Edge, engine=engine, api_key=api_key, body_bytes_max=body_bytes_max)
+    app.add_middleware(Edge, engine=engine, body_bytes_max=body_bytes_max)
     return app

@@ -1,30 +1,31 @@
-"""What every request passes first: its origin, its key, the size of its body, whether anything is there to answer it;
-and what counts the answers.
+"""What every request passes first: its origin, its key and what that may ask, the size of its body, whether anything is
+there to answer it; and what counts the answers. What a key may do is asked at the route (`app.py`), which knows what
+the request is.
 
 One plain ASGI layer rather than several dependencies: it costs a request microseconds, not tenths of a millisecond.
 """
 
 from __future__ import annotations
 
-import hmac
 import ipaddress
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.problems import as_response
+from service.app.access import CALLER
 from service.app.engine import Engine
-from service.errors import BodyTooLarge, CrossSite, EngramError, Unauthorized
+from service.errors import BodyTooLarge, CrossSite, EngramError
 
-GUARDED = ("/v1/", "/metrics")  # what needs the key, where one is set; the rest tells nothing about what is stored
+GUARDED = ("/v1/", "/metrics")  # what needs a key, where there is any; the rest tells nothing about what is stored
 
 
 class Edge:
-    def __init__(self, app: ASGIApp, engine: Engine | None, api_key: str | None, body_bytes_max: int | None) -> None:
+    def __init__(self, app: ASGIApp, engine: Engine | None, body_bytes_max: int | None) -> None:
         self.app = app
         self.engine = engine
         self.metrics = None if engine is None else engine.resources.metrics
-        self.bearer = None if api_key is None else b"Bearer " + api_key.encode()
         self.body_bytes_max = body_bytes_max
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,26 +49,37 @@ class Edge:
             await send(message)
 
         try:
-            self._check(scope, headers)
+            admitted = self._admit(scope, headers)
         except EngramError as error:
             await as_response(error)(scope, receive, counted)
             return
-        try:
-            await self.app(scope, bounded, counted)
-        except Exception:
-            # The layer outside this one answers it with a 500.
-            if self.metrics is not None:
-                self.metrics.answered(scope["method"], 500)
-            raise
+        with admitted:
+            try:
+                await self._answer(scope, bounded, counted)
+            except Exception:
+                # The layer outside this one answers it with a 500.
+                if self.metrics is not None:
+                    self.metrics.answered(scope["method"], 500)
+                raise
+            finally:
+                if self.metrics is not None and size:
+                    self.metrics.used(CALLER.get().name, bytes_in=size)
 
-    def _check(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
-        """Raises `Unauthorized`, `CrossSite`, `BodyTooLarge`, and `Unavailable` while collections are loaded."""
-        given = headers.get(b"authorization", b"")
-        guarded = self.bearer is not None and scope["path"].startswith(GUARDED)
-        if guarded and not hmac.compare_digest(given, self.bearer or b""):
-            raise Unauthorized("send the header Authorization: Bearer <key>")
-        # Without a key the server answers on loopback alone; another name for that address is a rebound one.
-        if self.bearer is None and not _is_loopback(headers.get(b"host", b"").decode("latin-1")):
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.engine is not None and scope["path"].startswith("/v1/"):
+            try:
+                self.engine.check_loaded()
+            except EngramError as error:
+                await as_response(error)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _admit(self, scope: Scope, headers: Mapping[bytes, bytes]) -> AbstractContextManager[object]:
+        """Raises `CrossSite`, `Unauthorized`, `RateLimited`, `BodyTooLarge`."""
+        if self.engine is None:
+            return nullcontext()
+        # Without keys the server answers on loopback alone; another name for that address is a rebound one.
+        if not self.engine.keys.required and not _is_loopback(headers.get(b"host", b"").decode("latin-1")):
             raise CrossSite("without an API key the server answers to localhost and loopback addresses only")
         # A page of another site can make a visitor's browser post to a server on loopback, where no key is asked for.
         origin = headers.get(b"origin")
@@ -77,8 +89,10 @@ class Edge:
         declared = headers.get(b"content-length", b"")
         if self.body_bytes_max is not None and declared.isdigit() and int(declared) > self.body_bytes_max:
             raise BodyTooLarge(f"the body has {int(declared)} bytes; send at most {self.body_bytes_max} at once")
-        if self.engine is not None and scope["path"].startswith("/v1/"):
-            self.engine.check_loaded()
+        if not scope["path"].startswith(GUARDED):
+            return nullcontext()
+        client = scope.get("client")
+        return self.engine.admission.admit(headers.get(b"authorization", b""), client[0] if client else "")
 
 
 def _is_loopback(host: str) -> bool:

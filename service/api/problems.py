@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from service.app.fields import faults
-from service.errors import EngramError, InvalidRequest, MalformedBody, NotFound
+from service.errors import EngramError, InvalidRequest, MalformedBody, NotFound, RateLimited
 
 log = structlog.get_logger()
 
@@ -23,6 +23,9 @@ def as_response(error: EngramError) -> Response:
     if error.errors:
         body["errors"] = [{"item": e.item, "code": e.code, "detail": e.detail} for e in error.errors]
     headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s is not None else {}
+    if isinstance(error, RateLimited) and error.allowance is not None:
+        names = ("RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset")
+        headers |= {name: str(value) for name, value in zip(names, error.allowance, strict=True)}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return Response(orjson.dumps(body), error.status, headers, media_type="application/problem+json")

@@ -6,7 +6,7 @@ It is opened on a data folder, which it owns until it is closed. Loading rebuild
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ import structlog
 
 from service.app import collections, memories
 from service.app.absent import AbsentEncoder
+from service.app.access import CALLER, Level, Need, check
+from service.app.admission import Admission
 from service.app.batching import MicroBatcher
 from service.app.calibrate import run_calibrate_job
 from service.app.completion import describe
@@ -26,7 +28,9 @@ from service.app.diagnose import diagnose
 from service.app.encoding import Parts, run_once
 from service.app.kernel_schemas import KernelList, TrainKernel
 from service.app.kernels import enqueue_kernel, listed, retire, run_kernel_job
+from service.app.keys import Keys
 from service.app.known_cues import enqueue_training
+from service.app.limits import Limiter
 from service.app.live import LiveCollection
 from service.app.memory_schemas import (
     CountReply,
@@ -59,7 +63,7 @@ from service.app.schemas import (
     StoreRequest,
     TrainRequest,
 )
-from service.app.store import Accepted, accept, reply
+from service.app.store import STORE_JOB, Accepted, accept, reply
 from service.encoders import registry
 from service.encoders.cards import cards
 from service.encoders.device import check_device
@@ -75,6 +79,8 @@ from service.storage.writer import Writer
 log = structlog.get_logger()
 
 Handler = Callable[[Job, Callable[[float], None]], dict[str, Any]]
+
+LEVELS: Mapping[str, Level] = {STORE_JOB: "write"}  # to end an operation; of any other kind only an admin may
 
 STAGES = tuple(Timings.__annotations__)
 OPERATIONS_LISTED = 100
@@ -113,6 +119,11 @@ class Engine:
             make_encoder = partial(registry.make, threads=settings.threads, device=device)
             self.resources = Resources(settings, self.repository, self.blobs, make_encoder)
             opened.callback(self.resources.close)
+            key = None if settings.api_key is None else settings.api_key.get_secret_value()
+            self.keys = Keys(self.repository, key)
+            opened.callback(self.keys.close)
+            limiter = Limiter(settings.rate_limit, settings.concurrent_max)
+            self.admission = Admission(self.keys, limiter, self.resources.metrics)
             self.loading: str | None = "opening the data folder"  # what is still done before it is ready
             self._closing = False
             if load:
@@ -186,7 +197,10 @@ class Engine:
         return collections.info(self.resources.live(name))
 
     def collections(self) -> CollectionList:
-        lives = sorted(self.resources.lives.values(), key=lambda live: live.name)
+        """Those that the caller may read."""
+        caller = CALLER.get()
+        found = [live for live in list(self.resources.lives.values()) if caller.may_read(live.name)]
+        lives = sorted(found, key=lambda live: live.name)
         return CollectionList(collections=[collections.info(live) for live in lives])
 
     def diagnostics(self, name: str) -> Diagnostics:
@@ -198,7 +212,10 @@ class Engine:
     # --- store ---
 
     def accept(self, name: str, request: StoreRequest) -> Accepted:
-        return accept(self.resources, self.resources.live(name), request)
+        accepted = accept(self.resources, self.resources.live(name), request)
+        stored = sum(result.status != "error" for result in accepted.results)
+        self.resources.metrics.used(CALLER.get().name, stored=stored)
+        return accepted
 
     def store_reply(self, accepted: Accepted) -> StoreReply:
         return reply(self.resources, accepted)
@@ -265,6 +282,7 @@ class Engine:
     def recall_reply(self, prepared: PreparedRecall, recalled: Recalled) -> RecallReply:
         spent = {**recalled.stages, "encode": prepared.encode_s, "total": time.perf_counter() - prepared.started}
         self.resources.metrics.recalled(prepared.live.name, spent, (result["verdict"] for result in recalled.results))
+        self.resources.metrics.used(CALLER.get().name, recalls=len(recalled.results))
         timings = {stage: round(1000 * spent.get(stage, 0.0), 3) for stage in STAGES}
         return {"version": recalled.version, "results": recalled.results, "timings_ms": cast(Timings, timings)}
 
@@ -337,16 +355,24 @@ class Engine:
         retire(self.resources, self.resources.live(name), kernel_id)
 
     def operation(self, operation_id: str) -> Operation:
-        return self._operation(self.repository.get_job(operation_id))
+        """Raises `OperationNotFound`, and `Forbidden` where the caller may not read its collection."""
+        found = self._operation(self.repository.get_job(operation_id))
+        check(CALLER.get(), Need("read"), found.collection)
+        return found
 
     def cancel(self, operation_id: str) -> Operation:
-        """What it has done so far is kept. Raises `OperationNotFound`, and `Conflict` once it has ended."""
+        """What it has done so far is kept. Raises as `operation`, and `Conflict` once it has ended."""
+        found = self.operation(operation_id)
+        check(CALLER.get(), Need(LEVELS.get(found.kind, "admin")), found.collection)
         job = self.repository.cancel(operation_id)
         self.resources.ended(operation_id)
         return self._operation(job)
 
     def operations(self) -> OperationList:
-        return OperationList(operations=[self._operation(job) for job in self.repository.list_jobs(OPERATIONS_LISTED)])
+        """The last hundred, as many of them as the caller may read."""
+        found = [self._operation(job) for job in self.repository.list_jobs(OPERATIONS_LISTED)]
+        caller = CALLER.get()
+        return OperationList(operations=[one for one in found if caller.may_read(one.collection)])
 
     def _operation(self, job: Job) -> Operation:
         names = {live.id: live.name for live in list(self.resources.lives.values())}
@@ -370,6 +396,11 @@ class Engine:
         """Start sealing wherever it is due; it goes on in the background."""
         for live in list(self.resources.lives.values()):
             self.resources.seal_if_due(live)
+
+    def follow_keys(self) -> None:
+        """See which keys were made and revoked elsewhere."""
+        self.keys.refresh()
+        self.resources.metrics.forget_keys_but(self.keys.names)
 
     def housekeep(self) -> None:
         """Remove originals that nothing names any more, drafts of operations that have ended, and operations that ended

@@ -79,7 +79,7 @@ class DataFolder:
 
     @property
     def database_path(self) -> Path:
-        return self.path / "engram.db"
+        return database_path(self.path)
 
     @property
     def blobs_path(self) -> Path:
@@ -104,6 +104,10 @@ class DataFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def database_path(folder: Path) -> Path:
+    return folder / "engram.db"
 
 
 _open_folders: weakref.WeakSet[DataFolder] = weakref.WeakSet()

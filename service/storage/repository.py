@@ -1,5 +1,5 @@
-"""All rows of one database behind one object: collections here; memories (and the choice among them), drafts, jobs and
-what was learned in the modules of their names.
+"""All rows of one database behind one object: collections here; memories (and the choice among them), drafts, jobs,
+API keys and what was learned in the modules of their names.
 
 Rules:
 - Whoever writes goes through the `Writer` and is answered after the commit; whoever reads sees one state of the
@@ -22,6 +22,7 @@ from service.errors import CollectionExists, CollectionNotFound
 from service.storage.database import Database
 from service.storage.drafts import Drafts
 from service.storage.jobs import Jobs
+from service.storage.keys import ApiKeys
 from service.storage.learned import Learned
 from service.storage.memories import Memories
 from service.storage.selection import Selection
@@ -43,7 +44,7 @@ class Collection:
     generation: int = 0
 
 
-class Repository(Memories, Selection, Drafts, Jobs, Learned):
+class Repository(Memories, Selection, Drafts, Jobs, Learned, ApiKeys):
     """Everything stored in one database. Safe to use from several threads."""
 
     def __init__(self, database: Database, writer: Writer) -> None:

@@ -218,3 +218,23 @@ job_items = Table(
     CheckConstraint("status IN ('queued', 'done', 'failed')", name="ck_job_items_status"),
     Index("ix_job_items_blob", "blob_hash"),
 )
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("key", Number, primary_key=True),
+    Column("id", String(16), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("hash", String(64), nullable=False),  # SHA-256 of the key, which is kept nowhere
+    Column("hint", String(16), nullable=False),  # its first characters, by which a person knows it
+    Column("scopes", Json, nullable=False),
+    Column("rate_limit", Text),
+    Column("concurrent_max", Integer),
+    Column("created_at", Time, nullable=False),
+    Column("expires_at", Time),
+    Column("revoked_at", Time),
+    Column("last_used_at", Time),
+    UniqueConstraint("id", name="uq_api_keys_id"),
+    UniqueConstraint("hash", name="uq_api_keys_hash"),
+    sqlite_autoincrement=True,
+)
