@@ -17,7 +17,18 @@ from functools import partial
 from typing import Any, Self, TypeVar
 
 from engram.pictures import sent_image
-from engram.replies import CollectionInfo, EncoderInfo, Memory, Operation, Problem, Recall, StoredItem, StoreReply
+from engram.replies import (
+    ApiKey,
+    CollectionInfo,
+    EncoderInfo,
+    Memory,
+    NewKey,
+    Operation,
+    Problem,
+    Recall,
+    StoredItem,
+    StoreReply,
+)
 from engram.reports import Diagnostics
 from engram.steps import Call, Content, Join, Pause, Start, Step, Steps, Work
 from engram.transport import WAIT_MARGIN_S, WAIT_MAX_S, Body
@@ -154,6 +165,18 @@ class Asking:
 
     def cancel(self, operation_id: str) -> Steps[Operation]:
         return Operation.of((yield from self.ask("cancel_operation", {"id": operation_id})))
+
+    def create_key(self, name: str, scopes: Mapping[str, str], limits: Body) -> Steps[NewKey]:
+        body = {"name": name, "scopes": dict(scopes), **limits}
+        if "expires_at" in body:
+            body["expires_at"] = body["expires_at"].astimezone().isoformat()
+        return NewKey.of((yield from self.ask("create_key", {}, body)))
+
+    def keys(self) -> Steps[list[ApiKey]]:
+        return [ApiKey.of(body) for body in (yield from self.ask("list_keys", {}))["keys"]]
+
+    def revoke_key(self, key_id: str) -> Steps[None]:
+        yield from self.ask("revoke_key", {"id": key_id})
 
 
 class CollectionAsking(Asking):

@@ -28,7 +28,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from engram import browse, encoders_command, recalled, reencode, training
+from engram import browse, encoders_command, keys_command, recalled, reencode, training
 from engram import diagnose as diagnosis
 from engram.client import Client, Collection
 from engram.files import ENDINGS, caption_of, find_pictures, read_captions
@@ -290,6 +290,7 @@ def demo(
 
 
 encoders_command.register(app)
+keys_command.register(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from engram.asking import BATCH, PAGE, RETRIES, Asking, CollectionAsking, Options, given
-from engram.replies import CollectionInfo, EncoderInfo, Memory, Operation, Recall, StoreReply
+from engram.replies import ApiKey, CollectionInfo, EncoderInfo, Memory, NewKey, Operation, Recall, StoreReply
 from engram.reports import Diagnostics
 from engram.steps import Steps, run
 from engram.transport import Body, Transport, open_transport
@@ -108,6 +109,32 @@ class Client(_Caller[Asking]):
     def cancel(self, operation_id: str) -> Operation:
         """End an operation that is queued or running; what it has done so far is kept. Raises `Conflict`."""
         return self._do(self._asking.cancel(operation_id))
+
+    def create_key(
+        self,
+        name: str,
+        scopes: Mapping[str, str],
+        *,
+        expires_at: datetime | None = None,
+        rate_limit: str | None = None,
+        concurrent_max: int | None = None,
+    ) -> NewKey:
+        """Make an API key; its `key` is in this reply and nowhere else. `scopes`: read, write or admin by collection,
+        beginning of names (`photos-*`) or `*`. Raises `AdminKeyNeeded` where it would be the first one and is not
+        admin on `*`.
+        """
+        limits = given(expires_at=expires_at, rate_limit=rate_limit, concurrent_max=concurrent_max)
+        return self._do(self._asking.create_key(name, scopes, limits))
+
+    def keys(self) -> list[ApiKey]:
+        """The API keys that were made, revoked ones among them."""
+        return self._do(self._asking.keys())
+
+    def revoke_key(self, key_id: str) -> None:
+        """Refuse a key from now on. Raises `KeyNotFound`, and `AdminKeyNeeded` where it is the last that may make
+        keys.
+        """
+        self._do(self._asking.revoke_key(key_id))
 
     def close(self) -> None:
         self._transport.close()

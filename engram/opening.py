@@ -35,17 +35,28 @@ Url = Annotated[
 
 def open_client(data: Path | None, url: str | None, must_exist: bool = False) -> Client:
     """A client of whoever owns the memories. `must_exist`: a command that only reads makes no folder."""
+    server = open_server(data, url)
+    if server is not None:
+        return server
+    return Client(path=folder_of(data, must_exist))
+
+
+def open_server(data: Path | None, url: str | None) -> Client | None:
+    """A client of the server that is named, or that has the folder open; None where there is none."""
     if url is not None and data is not None:
         raise InvalidRequest("give either --data (a folder) or --url (a server; ENGRAM_URL counts)")
-    folder = settings.load(os.environ, data=data).data
     if url is None:
-        owner = read_owner(folder)
+        owner = read_owner(folder_of(data))
         url = owner.url if owner is not None else None
-    if url is not None:
-        return Client(url, api_key=os.environ.get("ENGRAM_API_KEY"))
+    return None if url is None else Client(url, api_key=os.environ.get("ENGRAM_API_KEY"))
+
+
+def folder_of(data: Path | None, must_exist: bool = False) -> Path:
+    """Raises `NotFound`."""
+    folder = settings.load(os.environ, data=data).data
     if must_exist and not folder.is_dir():
         raise NotFound(f"there is no data folder {folder}; name another with --data, or a server with --url")
-    return Client(path=folder)
+    return folder
 
 
 def calibrate(out: Console, collection: Collection) -> None:

@@ -71,6 +71,29 @@ class EncoderInfo(Reply):
 
 
 @dataclass(frozen=True)
+class ApiKey(Reply):
+    """`hint` is what the key begins with; `last_used_at` is to the minute."""
+
+    id: str
+    name: str
+    hint: str
+    scopes: dict[str, str]
+    rate_limit: str | None
+    concurrent_max: int | None
+    created_at: str
+    expires_at: str | None
+    revoked_at: str | None
+    last_used_at: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewKey(ApiKey):
+    """With the key itself, which is shown once."""
+
+    key: str = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Problem(Reply):
     code: str
     detail: str

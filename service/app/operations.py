@@ -19,6 +19,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from service.app.fields import Name, faults
 from service.app.kernel_schemas import KernelList
+from service.app.key_schemas import KeyList, KeyRequest, NewKey
 from service.app.memory_schemas import (
     CountReply,
     CountRequest,
@@ -176,6 +177,18 @@ OPERATIONS: dict[str, Operation] = {
         Operation(
             "cancel_operation", "DELETE", "/v1/operations/{id}", None, OperationInfo,
             lambda engine, path, _: engine.cancel(path["id"]),
+        ),
+        # --- keys ---
+        Operation(
+            "create_key", "POST", "/v1/keys", KeyRequest, NewKey,
+            lambda engine, path, request: engine.keys.create(request),
+        ),
+        Operation(
+            "list_keys", "GET", "/v1/keys", None, KeyList, lambda engine, path, _: engine.keys.listed(), reads=True
+        ),
+        Operation(
+            "revoke_key", "DELETE", "/v1/keys/{id}", None, None,
+            lambda engine, path, _: engine.keys.revoke(path["id"]),
         ),
     )
 }  # fmt: skip
