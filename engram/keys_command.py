@@ -65,9 +65,8 @@ def create(
         sys.stdout.write(json.dumps(asdict(made)) + "\n")
         return
     sys.stdout.write(made.key + "\n")  # alone on its line, for a program that reads it
-    Console(stderr=True).print(
-        f"This is the key [bold]{escape(made.name)}[/] ({made.id}). It is not stored and will not be shown again."
-    )
+    told = f"This is the key [bold]{escape(made.name)}[/] ({made.id}). It is not stored and will not be shown again."
+    Console(stderr=True).print(told, soft_wrap=True)
 
 
 @keys.command("list")
@@ -83,7 +82,7 @@ def list_keys(as_json: AsJson = False, data: Data = None, url: Url = None) -> No
         return
     table = Table(box=box.SIMPLE, pad_edge=False)
     for heading in ("id", "name", "begins with", "scopes", "made", "last used", "state"):
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=heading in ("id", "begins with"))  # what is copied whole
     for key in found:
         scopes = ", ".join(f"{target}={level}" for target, level in key.scopes.items())
         table.add_row(
