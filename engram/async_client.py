@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from copy import copy
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from engram.asking import BATCH, PAGE, RETRIES, Asking, CollectionAsking, Options, given
-from engram.replies import CollectionInfo, EncoderInfo, Memory, Operation, Recall, StoreReply
+from engram.replies import ApiKey, CollectionInfo, EncoderInfo, Memory, NewKey, Operation, Recall, StoreReply
 from engram.reports import Diagnostics
 from engram.steps import Steps, run_async
 from engram.transport import AsyncTransport, Body, open_async_transport
@@ -103,6 +104,32 @@ class AsyncClient(_Caller[Asking]):
     async def cancel(self, operation_id: str) -> Operation:
         """End an operation that is queued or running; what it has done so far is kept. Raises `Conflict`."""
         return await self._do(self._asking.cancel(operation_id))
+
+    async def create_key(
+        self,
+        name: str,
+        scopes: Mapping[str, str],
+        *,
+        expires_at: datetime | None = None,
+        rate_limit: str | None = None,
+        concurrent_max: int | None = None,
+    ) -> NewKey:
+        """Make an API key; its `key` is in this reply and nowhere else. `scopes`: read, write or admin by collection,
+        beginning of names (`photos-*`) or `*`. Raises `AdminKeyNeeded` where it would be the first one and is not
+        admin on `*`.
+        """
+        limits = given(expires_at=expires_at, rate_limit=rate_limit, concurrent_max=concurrent_max)
+        return await self._do(self._asking.create_key(name, scopes, limits))
+
+    async def keys(self) -> list[ApiKey]:
+        """The API keys that were made, revoked ones among them."""
+        return await self._do(self._asking.keys())
+
+    async def revoke_key(self, key_id: str) -> None:
+        """Refuse a key from now on. Raises `KeyNotFound`, and `AdminKeyNeeded` where it is the last that may make
+        keys.
+        """
+        await self._do(self._asking.revoke_key(key_id))
 
     async def close(self) -> None:
         await self._transport.close()
