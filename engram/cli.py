@@ -65,19 +65,25 @@ def serve(
     data: Data = None,
     host: Annotated[str | None, typer.Option(help="Where to listen (default: 127.0.0.1).", show_default=False)] = None,
     port: Annotated[int | None, typer.Option(help="Default: 8000; 0 takes a free one.", show_default=False)] = None,
+    grpc_port: Annotated[
+        str | None,
+        typer.Option(help="Default: the one after --port; 0 takes a free one; off: no gRPC.", show_default=False),
+    ] = None,
 ) -> None:
     """Run the server on a data folder, until Ctrl-C."""
     from service.main import serve as run_server
 
-    chosen = settings.load(os.environ, data=data, host=host, port=port)
+    chosen = settings.load(os.environ, data=data, host=host, port=port, grpc_port=grpc_port)
 
     def background(engine: Engine) -> AbstractContextManager[None]:
         from workers.loop import running  # brings torch, which `run_server` prepares for first
 
         return running(engine)
 
-    def started(url: str) -> None:
-        out.print(f"Serving [bold]{escape(str(chosen.data))}[/] at {url} (the API: {url}/docs). Ctrl-C stops it.")
+    def started(url: str, grpc_url: str | None) -> None:
+        beside = f" and {grpc_url}" if grpc_url is not None else ""
+        where = f"{url}{beside} (the API: {url}/docs)"
+        out.print(f"Serving [bold]{escape(str(chosen.data))}[/] at {where}. Ctrl-C stops it.", soft_wrap=True)
 
     run_server(chosen, background, started)
 

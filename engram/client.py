@@ -52,8 +52,8 @@ class _Caller(Generic[A]):
 
 
 class Client(_Caller[Asking]):
-    """`Client()` talks to a server; `Client(path="./memories")` runs the same engine in this process, on that
-    folder.
+    """`Client()` talks to a server, over gRPC by `grpc://host:port`; `Client(path="./memories")` runs the same engine
+    in this process, on that folder.
     Raises `FolderInUse`, naming the owner's pid and address, when another process owns the folder.
 
     timeout_s: how long an answer is waited for (`TimedOut`); the engine in this process is not cut off.

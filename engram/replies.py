@@ -200,7 +200,8 @@ class Drawing(Reply):
 
     @classmethod
     def of(cls, body: Mapping[str, Any]) -> Self:
-        return cls(body["media_type"], base64.b64decode(body["base64"]))
+        data = body["base64"]  # text in JSON, bytes over gRPC
+        return cls(body["media_type"], data if isinstance(data, bytes) else base64.b64decode(data))
 
     def image(self) -> Image.Image:
         from PIL import Image

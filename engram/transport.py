@@ -23,6 +23,7 @@ from service.errors import EngramError, InvalidRequest, ItemError, TimedOut, Una
 
 Body = dict[str, Any]
 
+GRPC = "grpc://"
 DEFAULT_URL = "http://127.0.0.1:8000"
 WAIT_MARGIN_S = 10.0  # a server whose own wait ends answers 202: time for it to say so
 WAIT_MAX_S = 600.0  # the server's own bound on a wait
@@ -108,6 +109,10 @@ def open_transport(url: str | None, path: str | Path | None, api_key: str | None
         from engram.local import LocalTransport  # brings torch, which a client of a server does without
 
         return LocalTransport(Path(path or ""))
+    if url is not None and url.startswith(GRPC):
+        from engram.rpc import GrpcTransport
+
+        return GrpcTransport(url, api_key)
     return HttpTransport(url or DEFAULT_URL, api_key)
 
 
@@ -117,6 +122,10 @@ def open_async_transport(url: str | None, path: str | Path | None, api_key: str 
         from engram.local import AsyncLocalTransport
 
         return AsyncLocalTransport(Path(path or ""))
+    if url is not None and url.startswith(GRPC):
+        from engram.rpc import AsyncGrpcTransport
+
+        return AsyncGrpcTransport(url, api_key)
     return AsyncHttpTransport(url or DEFAULT_URL, api_key)
 
 
@@ -167,7 +176,7 @@ def _translated(url: str) -> Iterator[None]:
     except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
         raise Unreachable(f"the connection to {url} broke: {error}") from None
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-        raise _no_server(f"{url!r} is not an address: {error}") from None
+        raise no_server(f"{url!r} is not an address: {error}") from None
 
 
 def _accepted(response: httpx.Response) -> httpx.Response:
@@ -182,11 +191,11 @@ def _body(operation: str, response: httpx.Response) -> Body:
     try:
         answer: Body = response.json()
     except ValueError:
-        raise _no_server(f"{response.url} answered {operation} with something other than JSON") from None
+        raise no_server(f"{response.url} answered {operation} with something other than JSON") from None
     return answer
 
 
-def _no_server(detail: str, status: int = 502) -> Unavailable:
+def no_server(detail: str, status: int = 502) -> Unavailable:
     """Whatever is there does not answer as a server of ours: to ask again would not help."""
     error = Unavailable(detail)
     error.status = status
@@ -203,7 +212,7 @@ def error_of(response: httpx.Response) -> EngramError:
         code, detail = str(problem["code"]), str(problem["detail"])
         items = tuple(ItemError(int(e["item"]), str(e["code"]), str(e["detail"])) for e in problem.get("errors") or ())
     except (ValueError, KeyError, TypeError, AttributeError):
-        error = _no_server(
+        error = no_server(
             f"{response.url} answered {response.status_code} {response.reason_phrase}", response.status_code
         )
         error.retry_after_s = retry_after_s

@@ -47,6 +47,7 @@ class Metrics:
         self.memories = Gauge("engram_memories", "Memories in the bank", ["collection"], registry=self.registry)
         self.jobs = Counter("engram_jobs", "Background jobs ended", ["kind", "status"], registry=self.registry)
         self.requests = Counter("engram_http_requests", "HTTP requests", ["method", "status"], registry=self.registry)
+        self.calls = Counter("engram_grpc_requests", "gRPC calls", ["method", "status"], registry=self.registry)
         self.encodings = Counter(
             "engram_encode_cache",
             "Vectors that were needed, by whether they were remembered",
@@ -67,6 +68,7 @@ class Metrics:
         self._recalls = _Children(self.recalls)
         self._stages = _Children(self.recall_seconds)
         self._requests = _Children(self.requests)
+        self._calls = _Children(self.calls)
         self._encodings = _Children(self.encodings)
 
     def recalled(self, collection: str, spent_s: Mapping[str, float], verdicts: Iterable[str | None]) -> None:
@@ -81,6 +83,9 @@ class Metrics:
 
     def answered(self, method: str, status: int) -> None:
         self._requests[method, str(status)].inc()
+
+    def called(self, method: str, status: str) -> None:
+        self._calls[method, status].inc()
 
     def used(self, key: str | None, *, requests: int = 0, bytes_in: int = 0, stored: int = 0, recalls: int = 0) -> None:
         """Count what a key was used for."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
@@ -55,6 +55,9 @@ class Settings(BaseModel):
     )
     host: str = Field(default="127.0.0.1", description="the address to listen on")
     port: int = Field(default=8000, ge=0, le=65535, description="the port to listen on; 0 takes a free one")
+    grpc_port: Annotated[int, Field(ge=0, le=65535)] | Literal["off"] | None = Field(
+        default=None, description="gRPC's port; 0 takes a free one; absent: the one after `port`; off: no gRPC"
+    )
     api_key: SecretStr | None = Field(
         default=None, description="an admin key besides those in the database; one of them is needed beyond loopback"
     )
@@ -82,6 +85,15 @@ class Settings(BaseModel):
         ge=0,
         description="vectors remembered by what they were made of; the default holds 30,000 sentences; 0: none",
     )
+
+    @property
+    def grpc_listens_on(self) -> int | None:
+        """gRPC's port; 0: a free one; None: nowhere."""
+        if self.grpc_port == "off":
+            return None
+        if self.grpc_port is None:
+            return self.port + 1 if 0 < self.port < 65535 else 0
+        return self.grpc_port
 
     @property
     def is_loopback(self) -> bool:

@@ -5,12 +5,8 @@ CPU-bound work runs on a bounded pool of threads; the event loop only parses bod
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import Annotated, Any
 
 import orjson
 from fastapi import APIRouter, Depends, FastAPI, Path, Request, Response
@@ -23,6 +19,7 @@ from starlette.routing import Route
 
 from service.api import bodies, problems
 from service.api.edge import Edge
+from service.app import serving
 from service.app.access import CALLER, check
 from service.app.engine import Engine
 from service.app.kernel_schemas import KernelList
@@ -56,13 +53,8 @@ from service.app.schemas import (
     StoreRequest,
     TrainRequest,
 )
-from service.errors import TooBusy
+from service.app.serving import Pool
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-POOL_THREADS = 8  # blocked on disk or in a model; more would only share the same cores
-POOL_WAITING_MAX = 256  # requests held in memory, bodies included
 ID_MAX = 512  # characters of a memory's id
 
 DESCRIPTION = (
@@ -70,24 +62,6 @@ DESCRIPTION = (
 )
 CollectionName = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")]
 Id = Annotated[str, Path(min_length=1, max_length=ID_MAX)]
-
-
-class Pool:
-    """Runs blocking calls; refuses when too many wait already."""
-
-    def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="request")
-        self._pending = 0
-
-    async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        if self._pending >= POOL_WAITING_MAX:
-            raise TooBusy(f"{POOL_WAITING_MAX} requests are waiting already", retry_after_s=1)
-        self._pending += 1
-        try:
-            work = partial(contextvars.copy_context().run, call, *args, **kwargs)  # the caller goes along
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-        finally:
-            self._pending -= 1
 
 
 # Coroutines, though they await nothing: a plain function would be sent to a thread for every request.
@@ -240,11 +214,7 @@ async def retire_kernel(collection: CollectionName, kernel: str, engine: Engine_
 )
 async def store(collection: CollectionName, request: Request, engine: Engine_, pool: Pool_) -> Response:
     """Store memories. A bad item is reported under its position and the rest are stored."""
-    body = await bodies.read_store(request)
-    accepted = await pool.run(engine.accept, collection, body)
-    if body.wait and accepted.done is not None:
-        await asyncio.wait([asyncio.wrap_future(accepted.done)], timeout=body.timeout_s)
-    reply = await pool.run(engine.store_reply, accepted)
+    reply = await serving.store(engine, pool, collection, await bodies.read_store(request))
     return _json(reply, 202 if reply.operation_id else 200)
 
 
@@ -254,17 +224,8 @@ async def recall(request: Request) -> Response:
     engine: Engine = request.app.state.engine
     pool: Pool = request.app.state.pool
     collection = request.path_params["collection"]
-    body = await bodies.read_recall(request)
-    cue = body.cue
-    if cue is not None and cue.image is None and cue.text is None:
-        prepared = engine.prepare(collection, body)  # vectors need no encoding: a thread would cost more than the work
-    else:
-        prepared = await pool.run(engine.prepare, collection, body)
-    if prepared.single:
-        recalled = await asyncio.wrap_future(engine.submit(prepared))
-    else:
-        recalled = await pool.run(engine.recall_batch, prepared)
-    return Response(orjson.dumps(engine.recall_reply(prepared, recalled)), media_type="application/json")
+    reply = await serving.recall(engine, pool, collection, await bodies.read_recall(request))
+    return Response(orjson.dumps(reply), media_type="application/json")
 
 
 # FastAPI's dispatch takes a recall over vectors 0.13 ms of the event loop, a plain route 0.01: so a plain route answers
@@ -438,11 +399,11 @@ def _document(app: FastAPI) -> dict[str, Any]:
     return document
 
 
-def create_app(engine: Engine | None, *, body_bytes_max: int | None = None) -> FastAPI:
-    """The application over an open engine (None only to generate the OpenAPI document)."""
+def create_app(engine: Engine | None, pool: Pool | None = None, *, body_bytes_max: int | None = None) -> FastAPI:
+    """The application over an engine (None only to generate the OpenAPI document), by default with its own pool."""
     app = FastAPI(title="Engram", version="1", description=DESCRIPTION, generate_unique_id_function=_operation_id)
     app.state.engine = engine
-    app.state.pool = Pool()
+    app.state.pool = pool or Pool()
     app.router.routes.append(Route(v1.prefix + RECALL, recall, methods=["POST"]))
     app.include_router(v1)
     app.include_router(system)

@@ -58,6 +58,8 @@ def _to_array(value: object) -> NDArray[np.float32]:
     """A list of numbers, or an array of one axis, as float32. A NaN passes: it is refused later, with a code of its
     own.
     """
+    if isinstance(value, bytes):
+        raise ValueError(f"packed values are float32, of 4 bytes each; these are {len(value)} bytes")
     if not isinstance(value, (list, np.ndarray)):
         raise ValueError("a vector is a list of numbers")
     try:
@@ -72,11 +74,13 @@ def _to_array(value: object) -> NDArray[np.float32]:
         return array.astype(np.float32)
 
 
+BASE64 = {"type": "string", "contentEncoding": "base64"}
+FLOATS: dict[str, Any] = {"type": "array", "items": {"type": "number", "format": "float"}}
 Base64 = Annotated[
     bytes,
     BeforeValidator(_to_bytes),
     PlainSerializer(lambda data: base64.b64encode(data).decode(), return_type=str),
-    WithJsonSchema({"type": "string", "contentEncoding": "base64"}),
+    WithJsonSchema(BASE64),
 ]
 if TYPE_CHECKING:
     Vector = NDArray[np.float32]
@@ -85,8 +89,12 @@ else:
     Vector = Annotated[
         Any,
         BeforeValidator(_to_array),
-        WithJsonSchema({"type": "array", "items": {"type": "number"}, "minItems": 1, "maxItems": DIMENSION_MAX}),
+        WithJsonSchema({**FLOATS, "minItems": 1, "maxItems": DIMENSION_MAX}),
     ]
+VectorList = Annotated[list[float], WithJsonSchema(FLOATS)]
+"""A vector in a reply: values that are float32."""
+Base64Text = Annotated[str, WithJsonSchema(BASE64)]
+"""Bytes in a reply that is not checked."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$", description="letters, digits, _ . -")]
 
 

@@ -6,7 +6,7 @@ from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from service.app.fields import Payload
+from service.app.fields import Base64Text, Payload, VectorList
 
 # Typed dictionaries, not models: a recall of tenths of a millisecond would spend as long again on building models.
 
@@ -24,7 +24,7 @@ class Match(TypedDict):
     similarity: float
     text: str | None
     payload: Payload | None
-    vectors: NotRequired[dict[str, list[float]]]
+    vectors: NotRequired[dict[str, VectorList]]
     group: NotRequired[str | bool | int | float]
 
 
@@ -67,7 +67,7 @@ class Drawing(TypedDict):
     """
 
     media_type: str
-    base64: str
+    base64: Base64Text
 
 
 Verdict = Literal["known", "ambiguous", "unknown", "uncalibrated"]
@@ -105,7 +105,7 @@ class RecallResult(TypedDict):
     original: str | None
     completed: dict[str, float]
     reconstruction: Drawing | None
-    state: NotRequired[dict[str, list[float]] | None]
+    state: NotRequired[dict[str, VectorList] | None]
     trace: NotRequired[list[Drawing | None]]
     warnings: list[str]
     error: ProblemDict | None

@@ -247,6 +247,14 @@ class StoreRequest(Request):
     timeout_s: float = Field(default=30, gt=0, le=600)
 
 
+class ItemProblem(Reply):
+    """What is wrong with one item of a batch; `item` is its position."""
+
+    item: int
+    code: str
+    detail: str
+
+
 class ProblemDetails(Reply):
     """application/problem+json (RFC 9457)."""
 
@@ -255,12 +263,13 @@ class ProblemDetails(Reply):
     status: int
     code: str
     detail: str
+    errors: list[ItemProblem] = Field(default=[], description="of a batch: what is wrong with which item")
 
 
 class StoredItem(Reply):
     id: str | None
     status: Literal["stored", "updated", "queued", "error"]
-    warnings: list[str] = Field(default_factory=list)
+    warnings: list[str] = Field(default=[])
     error: Problem | None = None
 
 

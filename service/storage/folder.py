@@ -38,11 +38,12 @@ RECORD_BYTES = 4096
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a data folder. `url` is None while (or because) it does not serve; `pid` is None in the instant before
-    it is written."""
+    """Who holds a data folder. `url` is None while (or because) it does not serve, `grpc_url` where it serves no gRPC;
+    `pid` is None in the instant before it is written."""
 
     pid: int | None
     url: str | None
+    grpc_url: str | None = None
 
 
 class DataFolder:
@@ -85,9 +86,9 @@ class DataFolder:
     def blobs_path(self) -> Path:
         return self.path / "blobs"
 
-    def announce(self, url: str | None) -> None:
+    def announce(self, url: str | None, grpc_url: str | None = None) -> None:
         """Write into the lock file that this process owns the folder and serves at `url`."""
-        record = json.dumps({"pid": os.getpid(), "url": url}).encode().ljust(RECORD_BYTES)
+        record = json.dumps({"pid": os.getpid(), "url": url, "grpc_url": grpc_url}).encode().ljust(RECORD_BYTES)
         if self._lock is None:
             raise ValueError("the data folder is closed")
         with os_errors(f"The owner of {self.path} cannot be written"):
@@ -154,4 +155,4 @@ def _read_record(lock: int) -> Owner:
     if not content.strip():  # the owner has the lock and is about to write, or has just cleared it
         return Owner(pid=None, url=None)
     record = json.loads(content)
-    return Owner(pid=record["pid"], url=record["url"])
+    return Owner(pid=record["pid"], url=record["url"], grpc_url=record.get("grpc_url"))

@@ -153,7 +153,31 @@ def awaited_local_client(
     client.close()
 
 
-EVERY_WAY = ("http_client", "local_client", "awaited_http_client", "awaited_local_client")
+@pytest.fixture(scope="session")
+def grpc_url(served_folder: Path, server_url: str) -> str:
+    """Of the same server, over its other port."""
+    owner = read_owner(served_folder)
+    assert owner is not None
+    assert owner.grpc_url is not None
+    return owner.grpc_url
+
+
+@pytest.fixture(scope="session")
+def grpc_client(grpc_url: str) -> Iterator[Client]:
+    with Client(grpc_url) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def awaited_grpc_client(grpc_url: str, loop: asyncio.AbstractEventLoop) -> Iterator[Waiting]:
+    client = Waiting(AsyncClient(grpc_url), loop)
+    yield client
+    client.close()
+
+
+EVERY_WAY = (
+    "http_client", "grpc_client", "local_client", "awaited_http_client", "awaited_grpc_client", "awaited_local_client",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -169,9 +193,9 @@ def client_of_any_way(request: pytest.FixtureRequest) -> Client:
     return found
 
 
-@pytest.fixture(params=["http_client", "local_client"])
+@pytest.fixture(params=["http_client", "grpc_client", "local_client"])
 def client(request: pytest.FixtureRequest) -> Client:
-    """One test body, both ways to the engine; for what every client asks for by the same code, whatever carries it."""
+    """One test body, the ways to the engine; for what every client asks for by the same code, whatever carries it."""
     found: Client = request.getfixturevalue(request.param)
     return found
 

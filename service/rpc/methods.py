@@ -1,0 +1,102 @@
+"""The calls of the service: those of the table of operations, and what gRPC has besides.
+
+A new operation of the table is a call here by itself. Bytes and streams have a row in `BESIDE`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, Field, WithJsonSchema
+
+from service.app.fields import BASE64, Reply, Request
+from service.app.operations import OPERATIONS, STREAMS
+from service.app.schemas import MEMORY_REF, StoredItem
+
+if TYPE_CHECKING:
+    from service.app.engine import Engine
+
+
+def rpc_name(operation: str) -> str:
+    """The call of an operation: `get_memories` is `GetMemories`."""
+    return "".join(part.capitalize() for part in operation.split("_"))
+
+
+class Content(Reply):
+    data: Annotated[bytes, WithJsonSchema(BASE64)]
+    media_type: str
+
+
+class StoreStreamRequest(Request):
+    """The first message names the collection; each brings memories, one or many."""
+
+    memories: list[Any] = Field(default_factory=list, json_schema_extra={"items": MEMORY_REF})
+    wait: bool = Field(default=True, description="of the first message")
+
+
+class StoreStreamReply(Reply):
+    """The answers to the memories that follow those answered before, in their order: a bad one is reported under its
+    position and the rest are stored.
+    """
+
+    first: int = Field(description="the position in the stream of the memory that the first result is of")
+    results: list[StoredItem]
+    version: int | None
+    operation_id: str | None = Field(description="of what is still being encoded")
+
+
+@dataclass(frozen=True)
+class Method:
+    """`path`: the request's fields that REST has in its path. `call`: as an operation's; None where `streams`.
+    `as_operation`: whose rights it needs.
+    """
+
+    name: str
+    about: str
+    path: tuple[str, ...]
+    request: type[BaseModel] | None
+    reply: type[Any] | None
+    call: Callable[[Engine, Mapping[str, str], Any], Any] | None
+    as_operation: str
+    streams: bool = False
+
+    @property
+    def rpc(self) -> str:
+        return rpc_name(self.name)
+
+
+def _path(path: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"{(\w+)}", path))
+
+
+def _content(data: bytes, media_type: str) -> Content:
+    return Content(data=data, media_type=media_type)
+
+
+_CONTENT = STREAMS["get_content"]
+
+BESIDE = (
+    Method(
+        "get_content", f"{_CONTENT.method} {_CONTENT.path}", _path(_CONTENT.path), None, Content,
+        lambda engine, path, _: _content(*engine.content(path["collection"], path["id"])),
+        "get_content",
+    ),
+    Method(
+        "store_stream", "Store memories as they come, with an answer to each as soon as it is stored.",
+        ("collection",), StoreStreamRequest, StoreStreamReply, None, "store", streams=True,
+    ),
+)  # fmt: skip
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        *(
+            Method(op.name, f"{op.method} {op.path}", _path(op.path), op.request, op.reply, op.call, op.name)
+            for op in OPERATIONS.values()
+        ),
+        *BESIDE,
+    )
+}
