@@ -1,9 +1,7 @@
-"""What `engram diagnose` prints: the diagnostics of a collection as tables for a person, or as JSON."""
+"""`engram diagnose`: the diagnostics of a collection, as tables for a person or as JSON."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from typing import Any
 
 from rich import box
@@ -11,9 +9,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from engram.opening import Data, Name, Url, open_client
 from engram.reports import Capacity, Diagnostics, SpaceReport
+from engram.shown import AsJson, print_json
 
 WHOLE = "whole memory"
+
+
+def diagnose(collection: Name = "memories", as_json: AsJson = False, data: Data = None, url: Url = None) -> None:
+    """Say how well a collection's memories are told apart, and what holds them."""
+    with open_client(data, url, must_exist=True) as client:
+        found = client.collection(collection).diagnostics()
+    if as_json:
+        print_json(found)
+    else:
+        show(Console(), collection, found)
 
 
 def show(out: Console, name: str, found: Diagnostics) -> None:
@@ -37,10 +47,6 @@ def show(out: Console, name: str, found: Diagnostics) -> None:
     drift = "" if found.drift is None else f", {found.drift:.0%} of the memories changed since"
     out.print(f"calibration: {found.calibration}{drift}")
     out.print(f"{found.seconds:.2f} s", style="dim")
-
-
-def as_json(found: Diagnostics) -> str:
-    return json.dumps(asdict(found), ensure_ascii=False, indent=1)
 
 
 def _apart(reports: dict[str, SpaceReport], title: str) -> Table:

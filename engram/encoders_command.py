@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +15,7 @@ from rich.table import Table
 
 from engram.client import Client
 from engram.replies import EncoderInfo
+from engram.shown import AsJson, print_json
 from service.errors import UnknownEncoder
 
 out = Console()
@@ -30,7 +29,7 @@ def register(app: typer.Typer) -> None:
 
 def encoders(
     name: Annotated[str | None, typer.Argument(help="One of them, told in full.", show_default=False)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     url: Annotated[
         str | None, typer.Option(envvar="ENGRAM_URL", help="Ask the server at this address.", show_default=False)
     ] = None,
@@ -49,7 +48,7 @@ def encoders(
         if not found:
             raise UnknownEncoder(f"there is no encoder {name!r}; there are {there}")
     if as_json:
-        sys.stdout.write(json.dumps([asdict(info) for info in found], indent=2) + "\n")
+        print_json(found)
         return
     table = Table(box=box.SIMPLE, pad_edge=False)
     for heading in ("encoder", "takes", "draws", "values", "on disk", "licence", "weights"):

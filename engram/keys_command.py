@@ -7,12 +7,10 @@ Rules:
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,6 +25,7 @@ from rich.table import Table
 from engram.client import Client
 from engram.opening import Data, Url, folder_of, open_server
 from engram.replies import ApiKey, NewKey
+from engram.shown import AsJson, print_json
 from service import settings
 from service.errors import InvalidRequest
 
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
 
 out = Console()
 keys = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys.")
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @keys.command()
@@ -62,7 +59,7 @@ def create(
     with opened(data, url, must_exist=False) as client:
         made = client.create_key(name, dict(map(read_scope, scope)), **given)
     if as_json:
-        sys.stdout.write(json.dumps(asdict(made)) + "\n")
+        print_json(made)
         return
     sys.stdout.write(made.key + "\n")  # alone on its line, for a program that reads it
     told = f"This is the key [bold]{escape(made.name)}[/] ({made.id}). It is not stored and will not be shown again."
@@ -75,7 +72,7 @@ def list_keys(as_json: AsJson = False, data: Data = None, url: Url = None) -> No
     with opened(data, url) as client:
         found = client.keys()
     if as_json:
-        sys.stdout.write(json.dumps([asdict(key) for key in found]) + "\n")
+        print_json(found)
         return
     if not found:
         out.print("There are no keys yet; make one with: engram keys create admin --scope '*=admin'")
@@ -95,13 +92,17 @@ def list_keys(as_json: AsJson = False, data: Data = None, url: Url = None) -> No
 @keys.command()
 def revoke(
     key_id: Annotated[str, typer.Argument(help="The key's id, as list shows it.")],
+    as_json: AsJson = False,
     data: Data = None,
     url: Url = None,
 ) -> None:
     """Refuse a key from now on."""
     with opened(data, url) as client:
         client.revoke_key(key_id)
-    out.print(f"{escape(key_id)} is revoked.")
+    if as_json:
+        print_json({"id": key_id})
+    else:
+        out.print(f"{escape(key_id)} is revoked.")
 
 
 def register(app: typer.Typer) -> None:

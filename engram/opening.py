@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from engram.client import Client, Collection
+from engram.completion import complete_collection
 from service import settings
 from service.errors import InvalidRequest, NotFound, Unavailable
 from service.storage.folder import read_owner
@@ -31,6 +32,9 @@ Data = Annotated[
 Url = Annotated[
     str | None, typer.Option(envvar="ENGRAM_URL", help="A server's address, instead of a folder.", show_default=False)
 ]
+
+
+Name = Annotated[str, typer.Option("--collection", "-c", help="The collection.", autocompletion=complete_collection)]
 
 
 def open_client(data: Path | None, url: str | None, must_exist: bool = False) -> Client:

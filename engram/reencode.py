@@ -11,15 +11,17 @@ from rich.console import Console
 from rich.markup import escape
 
 from engram import training
+from engram.completion import complete_collection, complete_space
 from engram.opening import Data, Url, calibrate, open_client
+from engram.shown import AsJson, console, print_json
 from service.errors import InvalidRequest
 
 out = Console()
 
 
 def reencode(
-    collection: Annotated[str, typer.Argument(help="The collection.")],
-    space: Annotated[str, typer.Argument(help="The space to encode again.")],
+    collection: Annotated[str, typer.Argument(help="The collection.", autocompletion=complete_collection)],
+    space: Annotated[str, typer.Argument(help="The space to encode again.", autocompletion=complete_space)],
     encoder: Annotated[
         str | None, typer.Option(help="Another encoder; default: the configured one, as it is now.", show_default=False)
     ] = None,
@@ -34,6 +36,7 @@ def reencode(
             help="Memories whose original is missing or unreadable lose the space; else nothing is changed.",
         ),
     ] = False,
+    as_json: AsJson = False,
     data: Data = None,
     url: Url = None,
 ) -> None:
@@ -42,12 +45,15 @@ def reencode(
     with open_client(data, url, must_exist=True) as client:
         target = client.collection(collection)
         started = target.reencode(space, encoder, options, drop_without_original=drop_without_original, wait=False)
-        operation = training.follow(out, client, started, f"encoding {space} again")
+        told = console(as_json)
+        operation = training.follow(told, client, started, f"encoding {space} again")
         operation.check()
-        if operation.result is not None:
+        if as_json:
+            print_json(operation)
+        elif operation.result is not None:
             _show(operation.result)
         if client.in_process:
-            calibrate(out, target)
+            calibrate(told, target)
 
 
 def _option(given: str) -> tuple[str, Any]:

@@ -1,11 +1,12 @@
-"""What `engram train` shows: how far a training is, and what came of it."""
+"""`engram train` and `engram kernels`: a training with how far it is and what came of it, and the kernels there are."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -13,9 +14,96 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from engram.client import Client
+from engram.completion import complete_kernel, complete_space
+from engram.opening import Data, Name, Url, open_client
 from engram.replies import Operation
+from engram.shown import AsJson, console, minute, print_json, table
+from service.errors import TrainingRefused
 
 POLL_S = 0.3
+
+out = Console()
+
+
+def train(
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="kernel, or gate (the calibration of verdicts).", autocompletion=lambda: ["kernel", "gate"]
+        ),
+    ] = "kernel",
+    collection: Name = "memories",
+    space: Annotated[
+        str | None,
+        typer.Option(help="The space a kernel is for; default: the first.", autocompletion=complete_space),
+    ] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="cues (the default), separation or separation_plus.", show_default=False)
+    ] = None,
+    time_limit_s: Annotated[
+        float | None,
+        typer.Option(
+            "--time-limit",
+            show_default=False,
+            help="Seconds a kernel may train (300); making its cues, its trial and a calibration come on top.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    data: Data = None,
+    url: Url = None,
+) -> None:
+    """Train a kernel on a collection's own memories, or calibrate its gate again."""
+    given = {"space": space, "objective": objective, "time_limit_s": time_limit_s}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    with open_client(data, url, must_exist=True) as client:
+        started = client.collection(collection).train(what, **options)
+        operation = follow(console(as_json), client, started, f"training the {what}")
+    if operation.status != "done" or operation.result is None:
+        error = operation.error
+        raise TrainingRefused(f"the training is {operation.status}" if error is None else error.detail)
+    if as_json:
+        print_json(operation)
+    elif what == "kernel":
+        show_kernel(out, operation.result)
+    else:
+        show_gate(out, operation.result["modalities"])
+
+
+def kernels(
+    collection: Name = "memories",
+    retire: Annotated[
+        str | None, typer.Option(help="Go on without this one, which is in use.", autocompletion=complete_kernel)
+    ] = None,
+    as_json: AsJson = False,
+    data: Data = None,
+    url: Url = None,
+) -> None:
+    """List the kernels that were trained, and what became of them."""
+    with open_client(data, url, must_exist=True) as client:
+        target = client.collection(collection)
+        if retire is not None:
+            target.retire_kernel(retire)
+            console(as_json).print(f"{escape(retire)} is retired.")
+        found = target.kernels()
+    if as_json:
+        print_json(found)
+        return
+    if not found:
+        out.print("None was trained yet; train one with: engram train kernel")
+        return
+    listed = table("kernel", "status", "trained", "for", "what came of it")
+    for kernel in found:
+        record = kernel["record"]
+        listed.add_row(
+            escape(kernel["id"]), {"active": "in use"}.get(kernel["status"], kernel["status"]),
+            minute(kernel["created_at"]), record["objective"], escape(record["why"]),
+        )  # fmt: skip
+    out.print(listed)
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(train)
+    app.command()(kernels)
 
 
 def follow(out: Console, client: Client, operation: Operation, doing: str) -> Operation:

@@ -28,6 +28,11 @@ def run_environ(**extra: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **extra}
 
 
+@pytest.fixture(scope="session")
+def run_environment() -> Callable[..., dict[str, str]]:
+    return run_environ
+
+
 @contextmanager
 def serve_folder(folder: Path, **environ: str) -> Iterator[str]:
     """A server process on `folder`, at the address it announced."""

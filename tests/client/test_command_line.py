@@ -21,7 +21,7 @@ from PIL import Image
 from rich.console import Console
 
 from engram import Client, Collection
-from engram.cli import _gate
+from engram.collections_command import gate
 from engram.demo.cues import Cue
 from engram.demo.data import PHOTOGRAPHS
 from engram.demo.report import Shown, print_shown
@@ -217,7 +217,7 @@ def test_the_gate_is_told_by_what_its_records_rest_on(state: str, refused: list[
     calibration = {"state": state, "modalities": [record(why) for why in refused]}
     info = {"name": "c", "version": 1, "count": 3, "created_at": "", "spaces": {}, "recall": {}, "corruptions": []}
     info |= {"gate": {}, "calibration": calibration, "indexing": False, "bytes": {}}
-    assert _gate(CollectionInfo.of(info)) == told
+    assert gate(CollectionInfo.of(info)) == told
 
 
 def test_ctrl_c_while_storing_says_how_far_it_came(start_engram: Start, tmp_path: Path) -> None:
