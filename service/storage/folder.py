@@ -25,7 +25,6 @@ from service.errors import FolderInUse
 from service.storage.disk import make_folder, os_errors
 
 LOCK_NAME = "owner.lock"
-DATABASE_NAME = "engram.db"
 
 LOCK_WAIT_S = 0.5
 """How long `open` tries before it calls the folder in use: `read_owner` of another process holds a shared lock for
@@ -81,11 +80,7 @@ class DataFolder:
 
     @property
     def database_path(self) -> Path:
-<<<<<<< HEAD
         return database_path(self.path)
-=======
-        return self.path / DATABASE_NAME
->>>>>>> af37c33 (Commands for every operation, JSON from each, and completion of names)
 
     @property
     def blobs_path(self) -> Path:

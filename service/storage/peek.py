@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from service.storage.folder import DATABASE_NAME
+from service.storage.folder import database_path
 
 LISTED_MAX = 100  # operations: the last ones, as the API lists them
 
@@ -38,5 +38,5 @@ def kernels(folder: Path, collection: str) -> list[str]:
 
 
 def _rows(folder: Path, statement: str, *values: object) -> list[tuple[Any, ...]]:
-    with closing(sqlite3.connect(f"{(folder / DATABASE_NAME).absolute().as_uri()}?mode=ro", uri=True)) as connection:
+    with closing(sqlite3.connect(f"{database_path(folder.absolute()).as_uri()}?mode=ro", uri=True)) as connection:
         return connection.execute(statement, values).fetchall()
