@@ -45,8 +45,8 @@ class _Caller(Generic[A]):
 
 
 class AsyncClient(_Caller[Asking]):
-    """`AsyncClient()` talks to a server; `AsyncClient(path="./memories")` runs the same engine in this process, on that
-    folder.
+    """`AsyncClient()` talks to a server, over gRPC by `grpc://host:port`; `AsyncClient(path="./memories")` runs the same engine
+    in this process, on that folder.
     Raises `FolderInUse`, naming the owner's pid and address, when another process owns the folder.
 
     timeout_s: how long an answer is waited for (`TimedOut`); the engine in this process is not cut off.
