@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
 import subprocess
 import sys
 import threading
@@ -13,10 +15,19 @@ from pathlib import Path
 import httpx
 import pytest
 
-from engram import Client
+from engram import AsyncClient, Client
 from engram.transport import error_of
 from service.api.problems import as_response
-from service.errors import EngramError, FolderInUse, InvalidRequest, ItemError, Unauthorized, Unavailable, error_classes
+from service.errors import (
+    EngramError,
+    FolderInUse,
+    InvalidRequest,
+    ItemError,
+    TimedOut,
+    Unauthorized,
+    Unavailable,
+    error_classes,
+)
 
 Serving = Callable[..., AbstractContextManager[str]]
 
@@ -110,6 +121,21 @@ def test_a_folder_that_a_server_owns_is_refused_naming_it(
         Client(path=served_folder)
     assert server_url in raised.value.detail
     assert http_client.collections() is not None
+
+
+@pytest.mark.parametrize("scheme", ["http", "grpc"])
+def test_a_server_that_does_not_answer_is_waited_for_so_long(scheme: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"{scheme}://127.0.0.1:{silent.getsockname()[1]}"
+        with Client(url) as client, pytest.raises(TimedOut, match=r"did not answer .* in 0\.3 s"):
+            client.with_options(timeout_s=0.3).collections()
+
+        async def awaited() -> None:
+            async with AsyncClient(url, timeout_s=0.3) as client:
+                await client.collection("c").count()
+
+        with pytest.raises(TimedOut):
+            asyncio.run(awaited())
 
 
 def test_settings_that_exclude_each_other() -> None:

@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from engram import AsyncClient, Client
@@ -19,34 +20,33 @@ AT_WORK_S = 2.0  # before the server is killed
 def test_loops_go_on_over_a_server_that_is_killed_and_started_again(
     start_engram: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    server = start_engram("serve", "--data", tmp_path / "m", "--port", port)
+    port, grpc_port = free_ports(2)
+    url, grpc_url = f"http://127.0.0.1:{port}", f"grpc://127.0.0.1:{grpc_port}"
+    serve = ("serve", "--data", tmp_path / "m", "--port", port, "--grpc-port", grpc_port)
+    server = start_engram(*serve)
     wait_for(url)
     with Client(url) as client:
         client.create_collection("c", {"v": {"dimension": 2}})
     stop = threading.Event()
-    stored: dict[str, int] = {"called": 0, "awaited": 0}
+    stored = {"called": 0, "called over gRPC": 0, "awaited": 0}
 
-    def called() -> None:
-        with Client(url) as client:
+    def called(way: str, where: str) -> None:
+        with Client(where) as client:
             collection = client.collection("c")
             while not stop.is_set():
-                number = stored["called"]
-                collection.store([{"id": f"called {number}", "vectors": {"v": [1, number]}}])
-                stored["called"] += 1
-                assert collection.recall(vectors={"v": [1, number]}, limit=1).matches
+                cue = {"v": [1.0, float(stored[way])]}
+                collection.store([{"id": f"{way} {stored[way]}", "vectors": cue}])
+                stored[way] += 1
+                assert collection.recall(vectors=cue, limit=1).matches
 
-    async def awaited() -> None:
-        async with AsyncClient(url) as client:
+    async def awaited(way: str, where: str) -> None:
+        async with AsyncClient(where) as client:
             collection = client.collection("c")
             while not stop.is_set():
-                number = stored["awaited"]
-                await collection.store([{"id": f"awaited {number}", "vectors": {"v": [1, -number]}}])
-                stored["awaited"] += 1
-                assert (await collection.recall(vectors={"v": [1, -number]}, limit=1)).matches
+                cue = {"v": [1.0, float(-stored[way])]}
+                await collection.store([{"id": f"{way} {stored[way]}", "vectors": cue}])
+                stored[way] += 1
+                assert (await collection.recall(vectors=cue, limit=1)).matches
 
     failed: list[BaseException] = []
 
@@ -56,7 +56,12 @@ def test_loops_go_on_over_a_server_that_is_killed_and_started_again(
         except BaseException as error:
             failed.append(error)
 
-    threads = [threading.Thread(target=at_work, args=(loop,)) for loop in (called, lambda: asyncio.run(awaited()))]
+    loops: list[Callable[[], None]] = [
+        lambda: called("called", url),
+        lambda: called("called over gRPC", grpc_url),
+        lambda: asyncio.run(awaited("awaited", url)),
+    ]
+    threads = [threading.Thread(target=at_work, args=(loop,)) for loop in loops]
     for thread in threads:
         thread.start()
     try:
@@ -64,7 +69,7 @@ def test_loops_go_on_over_a_server_that_is_killed_and_started_again(
         server.kill()
         server.communicate()
         before = dict(stored)
-        server = start_engram("serve", "--data", tmp_path / "m", "--port", port)
+        server = start_engram(*serve)
         wait_for(url)
         while not failed and any(stored[way] <= before[way] + 1 for way in stored):
             time.sleep(0.05)
@@ -80,6 +85,14 @@ def test_loops_go_on_over_a_server_that_is_killed_and_started_again(
     finally:
         server.terminate()
         server.communicate()
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
 
 
 def wait_for(url: str) -> None:
