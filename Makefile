@@ -12,9 +12,10 @@
 #   make bench-load  60,000 vectors through FAISS alone, the engine in process, and HTTP: time, share of right answers, memory
 #   make bench-filters  recall among what filters keep, from one half to 30 of 60,000, beside recall of everything
 #   make bench-core  a step of recall by every separation and support beside the products it cannot avoid (six minutes)
+#   make bench-rpc   recall and store over gRPC beside REST, of one server
 #   make bench-ingest pictures stored from files, in process and over HTTP, beside the bare model (a quarter of an hour)
 #   make setup       fill .venv alone        make lint / make types    one check alone
-#   make openapi     write openapi/openapi.json after the API has changed
+#   make openapi     write openapi/openapi.json and engram.proto after the API has changed
 #   make constraints renew constraints.txt from what .venv holds
 #   make clean       remove what the above made (not your memories)
 
@@ -25,7 +26,7 @@ STAMP := .venv/.engram-installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full lint types bench-load bench-filters bench-core bench-ingest papers papers-data weights weights-data openapi constraints clean
+.PHONY: help setup demo test test-full lint types bench-load bench-filters bench-core bench-ingest bench-rpc papers papers-data weights weights-data openapi constraints clean
 
 help:
 	@sed -n 's/^#   /  /p; s/^# \(What\)/\1/p' Makefile
@@ -63,6 +64,9 @@ bench-load: setup
 bench-ingest: setup
 	$(BIN)/python -m benchmarks.ingest
 
+bench-rpc: setup
+	$(BIN)/python -m benchmarks.rpc
+
 bench-filters: setup
 	$(BIN)/python -m benchmarks.filters
 
@@ -96,6 +100,7 @@ weights-data:
 
 openapi: setup
 	$(BIN)/python -m service.api.openapi
+	$(BIN)/python -m service.rpc.generate
 
 constraints:
 	( sed -n 1p constraints.txt; $(BIN)/pip freeze | grep -viE '^(nvidia|cuda|triton|editables|engram|-e)' ) > .constraints.new

@@ -17,8 +17,8 @@ import grpc
 from engram.transport import GRPC, WAIT_MAX_S, Body, no_server
 from service.errors import BodyTooLarge, EngramError, InvalidRequest, TimedOut, Unreachable
 from service.rpc.convert import to_dict, to_message
-from service.rpc.messages import Stub
-from service.rpc.methods import rpc_name
+from service.rpc.messages import Stub, message
+from service.rpc.methods import NULLS, rpc_name
 from service.rpc.problems import error_in
 
 OPTIONS = [
@@ -114,6 +114,9 @@ def _packed(operation: str, path: Mapping[str, str], body: Body) -> tuple[Any, R
     """The request, and the memories of a store that it could not hold; None where it would hold no other."""
     name = f"{rpc_name(operation)}Request"
     if operation != "store" or not isinstance(body.get("memories"), list):
+        nulls = [field for field, value in body.items() if value is None]
+        if nulls and NULLS in message(name).DESCRIPTOR.fields_by_name:
+            body = {**body, NULLS: nulls}
         return to_message(name, {**body, **path}), {}
     refused: Refused = {}
     memories = []

@@ -39,7 +39,18 @@ def serving(folder: Path) -> Iterator[tuple[int, int]]:
     with socket.socket() as free:
         free.bind((HOST, 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "engram", "serve", "--data", str(folder), "--port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "engram",
+        "serve",
+        "--data",
+        str(folder),
+        "--port",
+        str(port),
+        "--grpc-port",
+        "off",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         _wait_until_ready(process, port)

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import JsonSchemaMode
 
 from service.app.schemas import MemoryInput, ProblemDetails
-from service.rpc.methods import METHODS, Method
+from service.rpc.methods import METHODS, NULLS, Method
 
 Schema = Mapping[str, Any]
 
@@ -27,6 +27,7 @@ SCALARS = {"string": "string", "integer": "int64", "number": "double", "boolean"
 ELEMENTS = {"items": "a list", "entries": "a map", "value": "a value that may be null"}
 """The one field of a message that is there to tell absent from empty; see `convert.py`."""
 
+NULLS_ABOUT = "names of fields that are null, where null is not the same as absent"
 OWN = ("Value", "Struct", "ValueList", "Vector", "Empty")
 """Messages written by hand in `generate.py`."""
 
@@ -102,7 +103,8 @@ class _Builder:
             body = self._made(name, self._definitions[self._names[method.request]], True)
         if clash := {each.name for each in path} & {each.name for each in body.fields}:
             raise ValueError(f"{method.name}: {', '.join(clash)} is of the path and of the body")
-        self._add(Message(name, body.about, (*path, *body.fields), body.choice, len(path)))
+        nulls = (MessageField("repeated", "string", NULLS, NULLS_ABOUT),) if method.nulls else ()
+        self._add(Message(name, body.about, (*path, *body.fields, *nulls), body.choice, len(path)))
         reply = "Empty" if method.reply is None else self._message(self._names[method.reply])
         self._contract.calls.append(Call(method.rpc, method.about, name, reply, method.streams))
 
@@ -215,7 +217,9 @@ class _Builder:
         label, kind = self._type(name.removesuffix("s"), value)
         if kind == "Value" and not label:
             return "", "Struct"
-        return "map", "Value" if label or nullable else kind
+        if label or (nullable and kind in SCALARS.values()):
+            return "map", "Value"
+        return "map", self._around("value", "", kind) if nullable else kind
 
     def _union(self, name: str, schema: Schema) -> str:
         """The message of a union that has no model of its own, named after the field that has it."""

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from service.app.engine import Engine
 
 
+NULLS = "nulls"
+"""Of a request that changes something in part: the names of its fields that are null."""
+
+
 def rpc_name(operation: str) -> str:
     """The call of an operation: `get_memories` is `GetMemories`."""
     return "".join(part.capitalize() for part in operation.split("_"))
@@ -51,7 +55,7 @@ class StoreStreamReply(Reply):
 @dataclass(frozen=True)
 class Method:
     """`path`: the request's fields that REST has in its path. `call`: as an operation's; None where `streams`.
-    `as_operation`: whose rights it needs.
+    `as_operation`: whose rights it needs. `nulls`: it says of what it names as null that it is, which removes it.
     """
 
     name: str
@@ -62,6 +66,7 @@ class Method:
     call: Callable[[Engine, Mapping[str, str], Any], Any] | None
     as_operation: str
     streams: bool = False
+    nulls: bool = False
 
     @property
     def rpc(self) -> str:
@@ -94,9 +99,12 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         *(
-            Method(op.name, f"{op.method} {op.path}", _path(op.path), op.request, op.reply, op.call, op.name)
+            Method(
+                op.name, f"{op.method} {op.path}", _path(op.path), op.request, op.reply, op.call, op.name,
+                nulls=op.method == "PATCH",
+            )
             for op in OPERATIONS.values()
         ),
         *BESIDE,
     )
-}
+}  # fmt: skip

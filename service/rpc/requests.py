@@ -11,7 +11,7 @@ from service.app.fields import faults
 from service.errors import InvalidRequest, MalformedBody
 from service.rpc.convert import to_dict, to_message
 from service.rpc.messages import message
-from service.rpc.methods import Method
+from service.rpc.methods import NULLS, Method
 
 
 class Asked(NamedTuple):
@@ -27,6 +27,7 @@ def parse(method: Method, raw: bytes) -> Asked:
     except DecodeError:
         raise MalformedBody(f"the bytes are no {name} of engram.proto, or it is nested too deeply") from None
     given = to_dict(found, asked=True)
+    given |= dict.fromkeys(given.pop(NULLS, ()) if method.nulls else ())
     path = {parameter: given.pop(parameter, "") for parameter in method.path}
     if method.request is None:
         return Asked(path, None)

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-DATA_FILES = ("service/encoders/imagenet_classes.txt", "service/encoders/bert_uncased_vocab.txt", "migrations/env.py")
+DATA_FILES = (
+    "service/encoders/imagenet_classes.txt", "service/encoders/bert_uncased_vocab.txt", "service/rpc/engram.proto",
+    "service/rpc/engram.binpb", "migrations/env.py",
+)  # fmt: skip
 
 
 def test_the_wheel_serves_elsewhere(serve: Callable[..., AbstractContextManager[Any]], tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Recall over gRPC beside the same over REST: `make bench-rpc`."""
