@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Mapping
+from datetime import date
 from functools import cache, partial
 from typing import Any
 
@@ -232,6 +233,8 @@ def _number(content: Any) -> Any:
 
 
 def _string(content: Any) -> str:
+    if isinstance(content, date):
+        return content.isoformat()  # as in JSON; a datetime is a date
     if not isinstance(content, str):
         raise InvalidRequest(f"is a text, not {_shown(content)}")
     return content if content.isascii() else _text(content)

@@ -30,7 +30,7 @@ from service.app.serving import POOL_THREADS, Pool
 from service.encoders.picture import write_png
 from service.rpc.convert import to_message
 from service.rpc.messages import SERVICE_NAME, message
-from service.rpc.problems import BY_STATUS, status_of
+from service.rpc.problems import BY_STATUS, error_in, status_of
 from service.rpc.server import REPLY_MARGIN_S, WAIT_MAX_S, wait_max_s
 
 Served = Any
@@ -229,9 +229,24 @@ def test_keys_bounds_draining_and_loading(serve: Serve, tmp_path: Path) -> None:
             served.ask("count", {"collection": "x" * 300_000}, metadata=right)
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
+        served.ask("create_collection", {"collection": "c"}, metadata=right)
+        made = served.ask(
+            "create_key", {"name": "reader", "scopes": {"c": "read"}, "rate_limit": "3/minute"}, metadata=right
+        )
+        reader = (("authorization", f"Bearer {made['key']}"),)
+        assert served.ask("count", {"collection": "c"}, metadata=reader)["count"] == 0
+        with pytest.raises(errors.Forbidden):
+            served.ask("store", {"collection": "c", "memories": [{"text": "a"}]}, metadata=reader)
+        stored = to_message("StoreStreamRequest", {"collection": "c", "memories": [{"text": "a"}]})
+        with pytest.raises(errors.Forbidden):
+            raise_told(served.stub.StoreStream(iter([stored]), metadata=reader))
+        with pytest.raises(errors.RateLimited) as limited:
+            served.ask("count", {"collection": "c"}, metadata=reader)
+        assert limited.value.retry_after_s
+        assert status_of(limited.value) is grpc.StatusCode.RESOURCE_EXHAUSTED
+
         watched = watching(served.channel)
         assert next(watched).status == SERVING
-        served.ask("create_collection", {"collection": "c"}, metadata=right)
         pictures = np.random.default_rng(3).integers(0, 255, (20, 32, 32, 3)).astype(np.uint8)
         memories = [{"image": {"base64": write_png(picture)}} for picture in pictures]
         request = to_message("StoreRequest", {"collection": "c", "memories": memories})
@@ -256,6 +271,15 @@ def test_keys_bounds_draining_and_loading(serve: Serve, tmp_path: Path) -> None:
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(30)
+
+
+def raise_told(call: Any) -> None:
+    """Read a stream to its end; the error that it ends with."""
+    try:
+        list(call)
+    except grpc.RpcError as error:
+        told = error_in(error.trailing_metadata() or ())
+        raise told or error from None
 
 
 def watching(channel: grpc.Channel) -> Any:
