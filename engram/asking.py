@@ -108,13 +108,13 @@ class Asking:
         # A server's own wait ends with an answer, for which there has to be time.
         timeout_s = self.options.timeout_s + (WAIT_MARGIN_S if body and "timeout_s" in body else 0)
         call = Call(operation, path, body, timeout_s)
-        reply: Body = yield from self._again(call, row.reads if repeatable is None else repeatable)
+        reply: Body = yield from self.again(call, row.reads if repeatable is None else repeatable)
         seen = reply.get("version")
         if collection is not None and isinstance(seen, int):
             self.seen.versions[collection] = max(seen, self.seen.versions.get(collection, 0))
         return reply
 
-    def _again(self, step: Step, repeatable: bool) -> Steps[Any]:
+    def again(self, step: Step, repeatable: bool) -> Steps[Any]:
         """The step, asked again while that can help."""
         ends = time.monotonic() + RETRY_MAX_S
         attempt = 0
@@ -298,7 +298,7 @@ class CollectionAsking(Asking):
         }
 
     def content(self, memory_id: str) -> Steps[bytes]:
-        data: bytes = yield from self._again(Content(self.name, memory_id, self.options.timeout_s), True)
+        data: bytes = yield from self.again(Content(self.name, memory_id, self.options.timeout_s), True)
         return data
 
     def delete(self, ids: str | Sequence[str] | None, filter: Mapping[str, Any] | None, dry_run: bool) -> Steps[Any]:

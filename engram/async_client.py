@@ -16,6 +16,17 @@ from engram.asking import BATCH, PAGE, RETRIES, Asking, CollectionAsking, Option
 from engram.replies import ApiKey, CollectionInfo, EncoderInfo, Memory, NewKey, Operation, Recall, StoreReply
 from engram.reports import Diagnostics
 from engram.steps import Steps, run_async
+from engram.transfer import (
+    Imported,
+    Progress,
+    Refusal,
+    close_export,
+    export,
+    export_options,
+    import_rows,
+    open_export,
+    take_export,
+)
 from engram.transport import AsyncTransport, Body, open_async_transport
 
 if TYPE_CHECKING:
@@ -247,6 +258,56 @@ class AsyncCollection(_Caller[CollectionAsking]):
     async def content(self, memory_id: str) -> bytes:
         """The stored original, byte for byte."""
         return await self._do(self._asking.content(memory_id))
+
+    async def import_rows(
+        self,
+        source: str | Path | Iterable[Mapping[str, Any]],
+        *,
+        from_row: int = 1,
+        progress: Callable[[Progress], None] | None = None,
+        refused: Callable[[Refusal], None] | None = None,
+    ) -> Imported:
+        """Store a file of rows (NDJSON, Parquet, Arrow, Feather, by its ending), or memories
+        `{"id"?, "text"?, "payload"?, "vectors"?, "content"?: an original's bytes}`, any number of them.
+
+        Sent in parts of some megabytes, each durable once it is answered, and asked again as reads are: rows that are
+        sent twice are stored once. `from_row`: pass over the rows of a file before this one. Vectors of a space that an
+        encoder fills are taken where the file says that the same encoder made them. Raises as the API does.
+        """
+        return await self._do(import_rows(self._asking, source, from_row, progress, refused))
+
+    async def export(
+        self,
+        path: str | Path,
+        *,
+        format: str | None = None,
+        vectors: bool = True,
+        content: bool = False,
+        filter: Mapping[str, Any] | None = None,
+    ) -> int:
+        """Write every memory, or those that a filter keeps, to a file of NDJSON, Parquet or Arrow, by its ending or by
+        `format`, as they are at one moment; its size. `content`: with the originals. Raises `NotWritable`.
+
+        Imported into an empty collection it is the same memories.
+        """
+        return await self._do(export(self._asking, Path(path), format, export_options(vectors, content, filter)))
+
+    async def iter_export(
+        self,
+        format: str = "ndjson",
+        *,
+        vectors: bool = True,
+        content: bool = False,
+        filter: Mapping[str, Any] | None = None,
+    ) -> AsyncIterator[bytes]:
+        """What `export` writes, chunk by chunk."""
+        options = given(format=format, **export_options(vectors, content, filter))
+        chunks = await self._do(open_export(self._asking, options))
+        try:
+            while (chunk := await self._do(take_export(chunks))) is not None:
+                yield chunk
+        finally:
+            await self._do(close_export(chunks))
 
     async def delete(
         self,

@@ -6,9 +6,11 @@ The only module of the client that imports the engine, and torch with it.
 from __future__ import annotations
 
 import asyncio
+import io
+import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -18,11 +20,12 @@ from typing import ParamSpec, TypeVar
 import structlog
 from pydantic import BaseModel
 
-from engram.transport import Body
+from engram.transport import Body, imported
 from service import settings
 from service.api.bodies import validate
 from service.app.engine import Engine
 from service.app.operations import OPERATIONS
+from service.app.transfer_schemas import MEDIA_TYPES, ExportRequest, ImportOptions
 from service.observability import configure_logging
 from workers.loop import running
 
@@ -57,6 +60,17 @@ class LocalTransport:
     def content(self, collection: str, memory_id: str, *, timeout_s: float | None = None) -> bytes:
         return self._engine.content(collection, memory_id)[0]
 
+    def import_rows(
+        self, collection: str, media_type: str, rows: bytes, options: Body, *, timeout_s: float | None = None
+    ) -> list[Body]:
+        form = next(form for form, kind in MEDIA_TYPES.items() if kind == media_type)
+        events = self._engine.import_rows(collection, form, io.BytesIO(rows), validate(ImportOptions, options))
+        return imported([event.model_dump() for event in events])
+
+    def export(self, collection: str, options: Body, *, timeout_s: float | None = None) -> Generator[bytes, None, None]:
+        chosen = {**options, "filter": json.loads(options["filter"])} if "filter" in options else options
+        yield from self._engine.export(collection, validate(ExportRequest, chosen)).chunks
+
     def close(self) -> None:
         self._opened.close()
 
@@ -86,6 +100,21 @@ class AsyncLocalTransport:
 
     async def content(self, collection: str, memory_id: str, *, timeout_s: float | None = None) -> bytes:
         return await self._run((await self.open()).content, collection, memory_id)
+
+    async def import_rows(
+        self, collection: str, media_type: str, rows: bytes, options: Body, *, timeout_s: float | None = None
+    ) -> list[Body]:
+        return await self._run((await self.open()).import_rows, collection, media_type, rows, options)
+
+    async def export(
+        self, collection: str, options: Body, *, timeout_s: float | None = None
+    ) -> AsyncGenerator[bytes, None]:
+        chunks = (await self.open()).export(collection, options)
+        try:
+            while (chunk := await self._run(next, chunks, None)) is not None:
+                yield chunk
+        finally:
+            await self._run(chunks.close)
 
     async def close(self) -> None:
         async with self._opening:

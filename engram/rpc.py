@@ -8,7 +8,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,6 +51,14 @@ class GrpcTransport:
         data: bytes = self._ask("get_content", request, timeout_s).data
         return data
 
+    def import_rows(
+        self, collection: str, media_type: str, rows: bytes, options: Body, *, timeout_s: float | None = None
+    ) -> list[Body]:
+        raise _only_http()
+
+    def export(self, collection: str, options: Body, *, timeout_s: float | None = None) -> Generator[bytes, None, None]:
+        raise _only_http()
+
     def close(self) -> None:
         self._channel.close()
 
@@ -84,6 +92,14 @@ class AsyncGrpcTransport:
         data: bytes = (await self._ask("get_content", request, timeout_s)).data
         return data
 
+    async def import_rows(
+        self, collection: str, media_type: str, rows: bytes, options: Body, *, timeout_s: float | None = None
+    ) -> list[Body]:
+        raise _only_http()
+
+    def export(self, collection: str, options: Body, *, timeout_s: float | None = None) -> AsyncGenerator[bytes, None]:
+        raise _only_http()
+
     async def close(self) -> None:
         if self._channel is not None:
             await self._channel.close()
@@ -95,6 +111,12 @@ class AsyncGrpcTransport:
         call = getattr(self._stub, rpc_name(operation))
         with _translated(self.url, operation, timeout_s):
             return await call(request, timeout=timeout_s or WAIT_MAX_S, metadata=self._metadata)
+
+
+def _only_http() -> InvalidRequest:
+    return InvalidRequest(
+        "files of rows are imported and exported over HTTP: give the client the server's http address"
+    )
 
 
 def _target(url: str) -> str:

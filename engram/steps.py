@@ -44,6 +44,38 @@ class Content:
     timeout_s: float
 
 
+@dataclass(frozen=True, eq=False)
+class SendRows:
+    """A part of an import; answered by what is said of its rows."""
+
+    collection: str
+    media_type: str
+    rows: bytes
+    options: Body
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class Export:
+    """Answered by a handle to `Take` from, and to `Close`."""
+
+    collection: str
+    options: Body
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class Take:
+    """Answered by the next chunk; None at the end."""
+
+    chunks: Any
+
+
+@dataclass(frozen=True)
+class Close:
+    chunks: Any
+
+
 @dataclass(frozen=True)
 class Pause:
     seconds: float
@@ -70,7 +102,7 @@ class Join:
     started: Any
 
 
-Step = Call | Content | Pause | Work | Start | Join
+Step = Call | Content | SendRows | Export | Take | Close | Pause | Work | Start | Join
 Steps = Generator[Step, Any, T]
 
 
@@ -96,6 +128,14 @@ def _perform(step: Step, transport: Transport) -> Any:
             return transport.call(step.operation, step.path, step.body, timeout_s=step.timeout_s)
         case Content():
             return transport.content(step.collection, step.memory_id, timeout_s=step.timeout_s)
+        case SendRows(collection, media_type, rows, options, timeout_s):
+            return transport.import_rows(collection, media_type, rows, options, timeout_s=timeout_s)
+        case Export():
+            return transport.export(step.collection, step.options, timeout_s=step.timeout_s)
+        case Take():
+            return next(step.chunks, None)
+        case Close():
+            return step.chunks.close()
         case Pause():
             return time.sleep(step.seconds)
         case Work():
@@ -146,6 +186,14 @@ async def _perform_async(step: Step, transport: AsyncTransport, started: list[as
             return await transport.call(step.operation, step.path, step.body, timeout_s=step.timeout_s)
         case Content():
             return await transport.content(step.collection, step.memory_id, timeout_s=step.timeout_s)
+        case SendRows(collection, media_type, rows, options, timeout_s):
+            return await transport.import_rows(collection, media_type, rows, options, timeout_s=timeout_s)
+        case Export():
+            return transport.export(step.collection, step.options, timeout_s=step.timeout_s)
+        case Take():
+            return await anext(step.chunks, None)
+        case Close():
+            return await step.chunks.aclose()
         case Pause():
             return await asyncio.sleep(step.seconds)
         case Work():

@@ -9,8 +9,8 @@ Rules:
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping
+from contextlib import aclosing, closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -27,6 +27,7 @@ GRPC = "grpc://"
 DEFAULT_URL = "http://127.0.0.1:8000"
 WAIT_MARGIN_S = 10.0  # a server whose own wait ends answers 202: time for it to say so
 WAIT_MAX_S = 600.0  # the server's own bound on a wait
+STREAM_BYTES = 2**20  # of an export, taken at once
 MULTIPART_BYTES_MIN = 2**20  # pictures above this go as file parts: base64 makes them a third larger
 
 
@@ -40,6 +41,19 @@ class Transport(Protocol):
         ...
 
     def content(self, collection: str, memory_id: str, *, timeout_s: float | None = None) -> bytes: ...
+
+    def import_rows(
+        self, collection: str, media_type: str, rows: bytes, options: Body, *, timeout_s: float | None = None
+    ) -> list[Body]:
+        """Send rows of a media type; what is said of them, line by line, the last being `done`. `timeout_s` is between
+        two lines.
+        """
+        ...
+
+    def export(self, collection: str, options: Body, *, timeout_s: float | None = None) -> Generator[bytes, None, None]:
+        """Rows, chunk by chunk. To be read to its end or closed."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -50,6 +64,12 @@ class AsyncTransport(Protocol):
         self, operation: str, path: Mapping[str, str], body: Body | None = None, *, timeout_s: float | None = None
     ) -> Body: ...
     async def content(self, collection: str, memory_id: str, *, timeout_s: float | None = None) -> bytes: ...
+    async def import_rows(
+        self, collection: str, media_type: str, rows: bytes, options: Body, *, timeout_s: float | None = None
+    ) -> list[Body]: ...
+    def export(
+        self, collection: str, options: Body, *, timeout_s: float | None = None
+    ) -> AsyncGenerator[bytes, None]: ...
     async def close(self) -> None: ...
 
 
@@ -67,6 +87,22 @@ class HttpTransport:
     def content(self, collection: str, memory_id: str, *, timeout_s: float | None = None) -> bytes:
         path = {"collection": collection, "id": memory_id}
         return self._send(STREAMS["get_content"], path, None, timeout_s).content
+
+    def import_rows(
+        self, collection: str, media_type: str, rows: bytes, options: Body, *, timeout_s: float | None = None
+    ) -> list[Body]:
+        request = _rows_request(self._http, collection, media_type, rows, options, timeout_s)
+        with _translated(self.url), closing(self._http.send(request, stream=True)) as response:
+            if not response.is_success:
+                response.read()
+            return _events(_accepted(response).iter_lines())
+
+    def export(self, collection: str, options: Body, *, timeout_s: float | None = None) -> Generator[bytes, None, None]:
+        request = _request(self._http, STREAMS["export"], {"collection": collection}, options, timeout_s)
+        with _translated(self.url), closing(self._http.send(request, stream=True)) as response:
+            if not response.is_success:
+                response.read()
+            yield from _accepted(response).iter_bytes(STREAM_BYTES)
 
     def close(self) -> None:
         self._http.close()
@@ -92,6 +128,29 @@ class AsyncHttpTransport:
     async def content(self, collection: str, memory_id: str, *, timeout_s: float | None = None) -> bytes:
         path = {"collection": collection, "id": memory_id}
         return (await self._send(STREAMS["get_content"], path, None, timeout_s)).content
+
+    async def import_rows(
+        self, collection: str, media_type: str, rows: bytes, options: Body, *, timeout_s: float | None = None
+    ) -> list[Body]:
+        request = _rows_request(self._http, collection, media_type, rows, options, timeout_s)
+        with _translated(self.url):
+            response = await self._http.send(request, stream=True)
+            async with aclosing(response):
+                if not response.is_success:
+                    await response.aread()
+                return _events([line async for line in _accepted(response).aiter_lines()])
+
+    async def export(
+        self, collection: str, options: Body, *, timeout_s: float | None = None
+    ) -> AsyncGenerator[bytes, None]:
+        request = _request(self._http, STREAMS["export"], {"collection": collection}, options, timeout_s)
+        with _translated(self.url):
+            response = await self._http.send(request, stream=True)
+            async with aclosing(response):
+                if not response.is_success:
+                    await response.aread()
+                async for chunk in _accepted(response).aiter_bytes(STREAM_BYTES):
+                    yield chunk
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -160,6 +219,36 @@ def _request(
     if timeout_s is not None:
         sent["timeout"] = timeout_s
     return http.build_request(route.method, _address(route.path, path), **sent)
+
+
+def _rows_request(
+    http: httpx.Client | httpx.AsyncClient,
+    collection: str,
+    media_type: str,
+    rows: bytes,
+    options: Body,
+    timeout_s: float | None,
+) -> httpx.Request:
+    route = STREAMS["import_rows"]
+    sent: dict[str, Any] = {} if timeout_s is None else {"timeout": timeout_s}
+    return http.build_request(
+        route.method, _address(route.path, {"collection": collection}), params=options, content=rows,
+        headers={"Content-Type": media_type}, **sent,
+    )  # fmt: skip
+
+
+def _events(lines: Iterable[str]) -> list[Body]:
+    return imported([orjson.loads(line) for line in lines])
+
+
+def imported(events: list[Body]) -> list[Body]:
+    """The events of an import that came to its end. Raises why one did not."""
+    last = events[-1] if events else {"event": "none"}
+    if last["event"] == "failed":
+        raise error_classes().get(last["code"], EngramError)(last["detail"])
+    if last["event"] != "done":
+        raise Unreachable("the answer ended before it said what became of the rows")
+    return events
 
 
 @contextmanager

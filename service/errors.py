@@ -50,6 +50,10 @@ class BodyTooLarge(EngramError):
     status, code, title = 413, "body_too_large", "The body is larger than the server accepts"
 
 
+class UnsupportedMediaType(EngramError):
+    status, code, title = 415, "unsupported_media_type", "The body is of a media type that is not read here"
+
+
 class InvalidImage(InvalidRequest):
     code, title = "invalid_image", "The bytes are not an image this server can read"
 

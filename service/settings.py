@@ -76,6 +76,9 @@ class Settings(BaseModel):
     body_bytes_max: int = Field(
         default=64 * 2**20, ge=2**10, description="largest request body; a batch is held in memory whole"
     )
+    import_spool_bytes_max: int = Field(
+        default=64 * 2**30, ge=2**20, description="largest Parquet body of an import, kept on disk while it is read"
+    )
     image_pixels_max: int = Field(
         default=50_000_000, ge=1, description="largest image; one decoded pixel takes three bytes"
     )

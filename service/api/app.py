@@ -9,7 +9,7 @@ from functools import partial
 from typing import Annotated, Any
 
 import orjson
-from fastapi import APIRouter, Depends, FastAPI, Path, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
@@ -19,9 +19,11 @@ from starlette.routing import Route
 
 from service.api import bodies, problems
 from service.api.edge import Edge
+from service.api.transfer import Transfers
 from service.app import serving
 from service.app.access import CALLER, check
 from service.app.engine import Engine
+from service.app.filter_schemas import FilterSpec
 from service.app.kernel_schemas import KernelList
 from service.app.key_schemas import KeyList, KeyRequest, NewKey
 from service.app.memory_schemas import (
@@ -54,6 +56,7 @@ from service.app.schemas import (
     TrainRequest,
 )
 from service.app.serving import Pool
+from service.app.transfer_schemas import MEDIA_TYPES, ExportRequest, Format, ImportOptions
 
 ID_MAX = 512  # characters of a memory's id
 
@@ -75,7 +78,13 @@ async def _pool(request: Request) -> Pool:
     return pool
 
 
+async def _transfers(request: Request) -> Transfers:
+    transfers: Transfers = request.app.state.transfers
+    return transfers
+
+
 Engine_ = Annotated[Engine, Depends(_engine)]
+Transfers_ = Annotated[Transfers, Depends(_transfers)]
 Pool_ = Annotated[Pool, Depends(_pool)]
 
 
@@ -244,6 +253,57 @@ v1.add_api_route(
 )
 
 
+# --- in bulk ----------------------------------------------------------------------------------------------------------
+
+ROWS = {kind: {"schema": {"type": "string"}} for kind in MEDIA_TYPES.values()}
+
+
+@v1.post(
+    "/collections/{collection}/import",
+    tags=["in bulk"],
+    response_class=Response,
+    responses={
+        200: {
+            "description": "Lines of JSON: started, progress, a refused row each, and done or failed at the end",
+            "content": {"application/x-ndjson": {"schema": {"type": "string"}}},
+        }
+    },
+    openapi_extra={"requestBody": {"required": True, "content": ROWS}},
+)
+async def import_rows(
+    collection: CollectionName,
+    request: Request,
+    engine: Engine_,
+    transfers: Transfers_,
+    options: Annotated[ImportOptions, Query()],
+) -> Response:
+    """Store rows that are sent as NDJSON, Parquet or an Arrow stream: any number, in bounded memory. `durable_row` says
+    from where to go on with `from_row` after a lost connection.
+    """
+    return await transfers.import_rows(engine, collection, request, options)
+
+
+@v1.get(
+    "/collections/{collection}/export",
+    tags=["in bulk"],
+    response_class=Response,
+    responses={200: {"description": "Rows, behind a header that says what made their vectors", "content": ROWS}},
+)
+async def export(
+    collection: CollectionName,
+    engine: Engine_,
+    transfers: Transfers_,
+    format: Annotated[Format, Query()] = "ndjson",
+    vectors: Annotated[bool, Query(description="with the vectors of every space")] = True,
+    content: Annotated[bool, Query(description="with the originals' bytes")] = False,
+    filter: Annotated[str | None, Query(description="as JSON: export what it keeps")] = None,
+) -> Response:
+    """All memories, or those that a filter keeps, as they are at one version."""
+    chosen = {} if filter is None else {"filter": bodies.validate(FilterSpec, filter.encode())}
+    request = ExportRequest(format=format, vectors=vectors, content=content, **chosen)
+    return await transfers.export(partial(engine.export, collection, request), f"{collection}.{format}")
+
+
 # --- memories ---------------------------------------------------------------------------------------------------------
 
 
@@ -404,6 +464,7 @@ def create_app(engine: Engine | None, pool: Pool | None = None, *, body_bytes_ma
     app = FastAPI(title="Engram", version="1", description=DESCRIPTION, generate_unique_id_function=_operation_id)
     app.state.engine = engine
     app.state.pool = pool or Pool()
+    app.state.transfers = Transfers()
     app.router.routes.append(Route(v1.prefix + RECALL, recall, methods=["POST"]))
     app.include_router(v1)
     app.include_router(system)

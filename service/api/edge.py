@@ -8,6 +8,7 @@ One plain ASGI layer rather than several dependencies: it costs a request micros
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
@@ -19,6 +20,7 @@ from service.app.engine import Engine
 from service.errors import BodyTooLarge, CrossSite, EngramError
 
 GUARDED = ("/v1/", "/metrics")  # what needs a key, where there is any; the rest tells nothing about what is stored
+STREAMED = re.compile(r"/v1/collections/[^/]+/import")  # a body that is never held; it has bounds of its own
 
 
 class Edge:
@@ -33,14 +35,15 @@ class Edge:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
+        bytes_max = None if STREAMED.fullmatch(scope["path"]) else self.body_bytes_max
         size = 0
 
         async def bounded() -> Message:
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
-            if self.body_bytes_max is not None and size > self.body_bytes_max:
-                raise BodyTooLarge(f"the body has more than {self.body_bytes_max} bytes; send less at once")
+            if bytes_max is not None and size > bytes_max:
+                raise BodyTooLarge(f"the body has more than {bytes_max} bytes; send less at once")
             return message
 
         async def counted(message: Message) -> None:
@@ -49,7 +52,7 @@ class Edge:
             await send(message)
 
         try:
-            admitted = self._admit(scope, headers)
+            admitted = self._admit(scope, headers, bytes_max)
         except EngramError as error:
             await as_response(error)(scope, receive, counted)
             return
@@ -74,7 +77,9 @@ class Edge:
                 return
         await self.app(scope, receive, send)
 
-    def _admit(self, scope: Scope, headers: Mapping[bytes, bytes]) -> AbstractContextManager[object]:
+    def _admit(
+        self, scope: Scope, headers: Mapping[bytes, bytes], bytes_max: int | None
+    ) -> AbstractContextManager[object]:
         """Raises `CrossSite`, `Unauthorized`, `RateLimited`, `BodyTooLarge`."""
         if self.engine is None:
             return nullcontext()
@@ -87,8 +92,8 @@ class Edge:
         if foreign and scope["method"] not in ("GET", "HEAD"):
             raise CrossSite("this request comes from another site's page; send it without the header Origin")
         declared = headers.get(b"content-length", b"")
-        if self.body_bytes_max is not None and declared.isdigit() and int(declared) > self.body_bytes_max:
-            raise BodyTooLarge(f"the body has {int(declared)} bytes; send at most {self.body_bytes_max} at once")
+        if bytes_max is not None and declared.isdigit() and int(declared) > bytes_max:
+            raise BodyTooLarge(f"the body has {int(declared)} bytes; send at most {bytes_max} at once")
         if not scope["path"].startswith(GUARDED):
             return nullcontext()
         client = scope.get("client")

@@ -26,6 +26,8 @@ from service.app.completion import describe
 from service.app.cues import CueBlocks, cue_of_memory, encode_cues, in_batches, read_parts
 from service.app.diagnose import diagnose
 from service.app.encoding import Parts, run_once
+from service.app.exporting import Export, export
+from service.app.importing import run_import
 from service.app.kernel_schemas import KernelList, TrainKernel
 from service.app.kernels import enqueue_kernel, listed, retire, run_kernel_job
 from service.app.keys import Keys
@@ -50,6 +52,7 @@ from service.app.reencode import enqueue_reencode, run_reencode_job
 from service.app.reencode_schemas import ReencodeRequest
 from service.app.reports import Diagnostics
 from service.app.resources import CALIBRATE_JOB, KERNEL_JOB, REENCODE_JOB, Resources
+from service.app.rows import Readable
 from service.app.schemas import (
     CollectionConfig,
     CollectionInfo,
@@ -64,6 +67,7 @@ from service.app.schemas import (
     TrainRequest,
 )
 from service.app.store import STORE_JOB, Accepted, accept, reply
+from service.app.transfer_schemas import Event, ExportRequest, Format, ImportOptions, Totals
 from service.encoders import registry
 from service.encoders.cards import cards
 from service.encoders.device import check_device
@@ -330,6 +334,27 @@ class Engine:
 
     def count(self, name: str, request: CountRequest | None = None) -> CountReply:
         return memories.count(self.resources, self.resources.live(name), request or CountRequest())
+
+    # --- in bulk ---
+
+    def import_rows(self, name: str, form: Format, body: Readable, options: ImportOptions) -> Iterator[Event]:
+        """Store rows that come as a stream of bytes; as `run_import`."""
+        events = run_import(self.resources, self.resources.live(name), form, body, options)
+        return self._counted(events, CALLER.get().name)
+
+    def _counted(self, events: Iterator[Event], caller: str | None) -> Iterator[Event]:
+        """The same, with what is stored counted as the caller's."""
+        before = 0
+        for event in events:
+            if isinstance(event, Totals):
+                now = event.stored + event.updated
+                self.resources.metrics.used(caller, stored=now - before)
+                before = now
+            yield event
+
+    def export(self, name: str, request: ExportRequest) -> Export:
+        """All rows that a filter keeps, at one version, as a stream of bytes."""
+        return export(self.resources, self.resources.live(name), request)
 
     # --- operations and the jobs behind them ---
 

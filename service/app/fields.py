@@ -54,7 +54,7 @@ def _to_bytes(value: object) -> object:
     return value
 
 
-def _to_array(value: object) -> NDArray[np.float32]:
+def to_array(value: object) -> NDArray[np.float32]:
     """A list of numbers, or an array of one axis, as float32. A NaN passes: it is refused later, with a code of its
     own.
     """
@@ -88,7 +88,7 @@ else:
     # Not `list[float]`: checking 784 values one by one takes longer than the search they are for.
     Vector = Annotated[
         Any,
-        BeforeValidator(_to_array),
+        BeforeValidator(to_array),
         WithJsonSchema({**FLOATS, "minItems": 1, "maxItems": DIMENSION_MAX}),
     ]
 VectorList = Annotated[list[float], WithJsonSchema(FLOATS)]

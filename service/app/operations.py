@@ -197,5 +197,7 @@ STREAMS: dict[str, Route] = {
     route.name: route
     for route in (
         Route("get_content", "GET", _MEMORIES + "/{id}/content"),  # bytes of their own media type
+        Route("import_rows", "POST", _COLLECTION + "/import"),  # rows in, lines of what becomes of them out
+        Route("export", "GET", _COLLECTION + "/export"),
     )
 }

@@ -29,7 +29,7 @@ from pydantic import ValidationError
 from service.app.cues import CueBlocks, check_vector, memory_wants
 from service.app.duplicates import Alike, admitting, find_equal, find_near
 from service.app.encoding import Parts, Vectors, Wanted, content_of
-from service.app.fields import PAYLOAD_BYTES_MAX, faults
+from service.app.fields import PAYLOAD_BYTES_MAX, Payload, faults
 from service.app.live import LiveCollection
 from service.app.resources import Resources
 from service.app.schemas import MemoryInput, Problem, StoredItem, StoreReply, StoreRequest
@@ -57,7 +57,9 @@ class Accepted:
 
 
 @dataclass(eq=False)
-class _Item:
+class Item:
+    """A memory that is checked, and can be stored."""
+
     id: str
     text: str | None
     payload: dict[str, Any] | None
@@ -90,8 +92,8 @@ def accept(resources: Resources, live: LiveCollection, request: StoreRequest) ->
         if space.fault is not None and any(_given(raw, space.config.source) for raw in request.memories):
             live.require([space.name])
     results: list[StoredItem] = []
-    ready: list[tuple[int, _Item]] = []
-    queued: list[tuple[int, _Item]] = []
+    ready: list[tuple[int, Item]] = []
+    queued: list[tuple[int, Item]] = []
     for position, raw in enumerate(request.memories):
         try:
             item = _check(resources, live, raw)
@@ -114,11 +116,21 @@ def accept(resources: Resources, live: LiveCollection, request: StoreRequest) ->
                 results[position].warnings += alike.warnings()
     if not queued:
         return Accepted(version, results, None, None)
-    images = [item.image for _, item in queued if item.image is not None]
-    hashes = iter(resources.blobs.put_many(images))
-    items = [_job_item(position, item, next(hashes) if item.image is not None else None) for position, item in queued]
-    job_id, done = resources.enqueue(STORE_JOB, live.id, items)
+    job_id, done = enqueue(resources, live, queued)
     return Accepted(version, results, job_id, done)
+
+
+def enqueue(resources: Resources, live: LiveCollection, queued: Sequence[tuple[int, Item]]) -> tuple[str, Future[None]]:
+    """Commit the originals of items and a job that encodes them; the number of each is its position in the answer."""
+    hashes = keep_originals(resources, [item for _, item in queued])
+    items = [_job_item(position, item, hash_) for (position, item), hash_ in zip(queued, hashes, strict=True)]
+    return resources.enqueue(STORE_JOB, live.id, items)
+
+
+def keep_originals(resources: Resources, items: Sequence[Item]) -> list[str | None]:
+    """The hash of each item's original, once all are on disk."""
+    hashes = iter(resources.blobs.put_many([item.image for item in items if item.image is not None]))
+    return [None if item.image is None else next(hashes) for item in items]
 
 
 def reply(resources: Resources, accepted: Accepted) -> StoreReply:
@@ -265,20 +277,26 @@ def _commit_ready(
             if live.config.duplicates == "warn":
                 written = commit(resources, live, writes)
                 return written.version, list(zip(written.statuses, find_equal(live, ids, vectors), strict=True))
-            with admitting(live):
-                alikes = find_near(live, ids, vectors)
-                refusals = [alike.refusal(live) for alike in alikes]
-                taken = [write for write, refusal in zip(writes, refusals, strict=True) if refusal is None]
-                if not taken:
-                    return None, [refusal for refusal in refusals if refusal is not None]
-                written = commit(resources, live, taken)
-            statuses = iter(written.statuses)
-            return written.version, [
-                (next(statuses), alike) if refusal is None else refusal
-                for refusal, alike in zip(refusals, alikes, strict=True)
-            ]
+            return commit_admitted(resources, live, writes)
         except EncodersChanged:
             live = resources.live_by_id(live.id)
+
+
+def commit_admitted(
+    resources: Resources, live: LiveCollection, writes: Sequence[MemoryWrite]
+) -> tuple[int | None, list[Outcome]]:
+    """Commit to a collection that refuses duplicates those that are none. Raises `EncodersChanged`."""
+    with admitting(live):
+        alikes = find_near(live, [write.id for write in writes], [write.vectors for write in writes])
+        refusals = [alike.refusal(live) for alike in alikes]
+        taken = [write for write, refusal in zip(writes, refusals, strict=True) if refusal is None]
+        if not taken:
+            return None, [refusal for refusal in refusals if refusal is not None]
+        written = commit(resources, live, taken)
+    statuses = iter(written.statuses)
+    return written.version, [
+        (next(statuses), alike) if refusal is None else refusal for refusal, alike in zip(refusals, alikes, strict=True)
+    ]
 
 
 @cache
@@ -292,39 +310,45 @@ def _given(raw: object, source: Source) -> bool:
     return (raw.get(source) if isinstance(raw, dict) else getattr(raw, source, None)) is not None
 
 
-def _check(resources: Resources, live: LiveCollection, raw: object) -> _Item:
+def _check(resources: Resources, live: LiveCollection, raw: object) -> Item:
     """One memory of a request, checked whole. Raises the `EngramError` that says what is wrong with it."""
     try:
         memory = raw if isinstance(raw, MemoryInput) else MemoryInput.model_validate(raw)
     except ValidationError as error:
         raise InvalidRequest(faults(error)) from None
-    if memory.text is not None and not memory.text.strip():
-        raise EmptyText("the text has no characters but spaces")
-    if memory.payload is not None and len(_json(memory.payload)) > PAYLOAD_BYTES_MAX:
-        raise InvalidRequest(f"the payload is larger than {PAYLOAD_BYTES_MAX} bytes")
     for name in memory.vectors or ():
         if name in live.spaces and (encoder := live.spaces[name].config.encoder) is not None:
             raise InvalidRequest(f"space {name} is filled by its encoder {encoder}; send the image or text instead")
     vectors = {name: check_vector(vector, name, live) for name, vector in (memory.vectors or {}).items()}
-    image: bytes | None = None
+    image = None if memory.image is None else memory.image.base64
+    return checked(resources, live, memory.id or uuid.uuid4().hex, memory.text, memory.payload, vectors, image)
+
+
+def checked(
+    resources: Resources, live: LiveCollection, id_: str, text: str | None, payload: Payload | None,
+    vectors: Vectors, image: bytes | None,
+) -> Item:  # fmt: skip
+    """A memory whose vectors are checked, with the rest checked as well. Raises as `accept` reports."""
+    if text is not None and not text.strip():
+        raise EmptyText("the text has no characters but spaces")
+    if payload is not None:
+        check_payload(payload)
     kind: str | None = None
     warnings: tuple[str, ...] = ()
     pixels = 0
-    if memory.image is not None:
-        image = memory.image.base64
+    if image is not None:
         picture = read_picture(image, pixels_max=resources.settings.image_pixels_max)
         warnings, pixels = picture.warnings, picture.pixels[..., 0].size
         resources.decoded.give(content_of(image), picture)
         kind = media_type(image)
-    sources = {"image": image is not None, "text": memory.text is not None}
+    sources = {"image": image is not None, "text": text is not None}
     if not vectors and not any(s.encoder is not None and sources[s.config.source] for s in live.spaces.values()):
         raise InvalidRequest(f"nothing of this memory fills a space of {live.name} ({', '.join(live.spaces)})")
-    return _Item(
-        memory.id or uuid.uuid4().hex, memory.text, memory.payload, vectors, image, kind, pixels, list(warnings)
-    )
+    return Item(id_, text, payload, vectors, image, kind, pixels, list(warnings))
 
 
-def _json(payload: Mapping[str, Any]) -> bytes:
+def check_payload(payload: Mapping[str, Any]) -> None:
+    """Raises `InvalidRequest` for what cannot be kept, or found again by a filter."""
     try:
         json.dumps(payload, allow_nan=False)  # orjson would write a NaN as null, and say nothing
         packed = orjson.dumps(payload)
@@ -334,10 +358,11 @@ def _json(payload: Mapping[str, Any]) -> bytes:
         ) from None
     if NUL.search(packed):
         raise InvalidRequest("the payload holds the character U+0000, where SQL's texts end: no filter would find it")
-    return packed
+    if len(packed) > PAYLOAD_BYTES_MAX:
+        raise InvalidRequest(f"the payload is larger than {PAYLOAD_BYTES_MAX} bytes")
 
 
-def _job_item(position: int, item: _Item, blob_hash: str | None) -> NewItem:
+def _job_item(position: int, item: Item, blob_hash: str | None) -> NewItem:
     body = {
         "position": position, "id": item.id, "text": item.text, "payload": item.payload, "blob_hash": blob_hash,
         "media_type": item.media_type, "pixels": item.pixels, "warnings": item.warnings,

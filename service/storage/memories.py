@@ -251,7 +251,7 @@ class Memories:
         with self._database.read() as connection:
             key = _find(connection, collection_id, id_)[0]
             rows = connection.execute(select(patterns.c.space, patterns.c.vector).where(patterns.c.memory_key == key))
-            return {space: _from_bytes([vector], len(vector) // 4)[0] for space, vector in rows}
+            return {space: from_bytes([vector], len(vector) // 4)[0] for space, vector in rows}
 
     def count(self, collection_id: int) -> int:
         """How many memories the collection holds; none if there is no such collection."""
@@ -298,7 +298,7 @@ class Memories:
                 for part in result.partitions():
                     ids, payloads, *vectors = map(list, zip(*part, strict=True))
                     named = zip(spaces, vectors, strict=True)
-                    yield PatternChunk(ids, {space: _from_bytes(each, size) for (space, size), each in named}, payloads)
+                    yield PatternChunk(ids, {space: from_bytes(each, size) for (space, size), each in named}, payloads)
 
         with self._database.read() as connection:
             version = read_version(connection, collection_id)
@@ -414,7 +414,7 @@ def _to_bytes(vector: Vector) -> bytes:
     return np.ascontiguousarray(vector, dtype="<f4").tobytes()
 
 
-def _from_bytes(vectors: Sequence[bytes | None], dimension: int) -> Vector:
+def from_bytes(vectors: Sequence[bytes | None], dimension: int) -> Vector:
     """(rows,) raw vectors → (rows, dimension) float32, zero where there is none; writable, as torch wants it."""
     zero = bytes(4 * dimension)
     joined = bytearray().join([zero if vector is None else vector for vector in vectors])

@@ -26,6 +26,7 @@ from service.storage.keys import ApiKeys
 from service.storage.learned import Learned
 from service.storage.memories import Memories
 from service.storage.selection import Selection
+from service.storage.streaming import Streaming
 from service.storage.tables import collections, memories, name_versions
 from service.storage.writer import Writer
 
@@ -44,7 +45,7 @@ class Collection:
     generation: int = 0
 
 
-class Repository(Memories, Selection, Drafts, Jobs, Learned, ApiKeys):
+class Repository(Memories, Selection, Streaming, Drafts, Jobs, Learned, ApiKeys):
     """Everything stored in one database. Safe to use from several threads."""
 
     def __init__(self, database: Database, writer: Writer) -> None:

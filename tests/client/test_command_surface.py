@@ -38,6 +38,8 @@ BY_COMMAND = {
     "delete_memories": "delete",
     "count": "count",
     "get_content": "content",
+    "import_rows": "import",
+    "export": "export",
     "create_key": "keys create",
     "list_keys": "keys list",
     "revoke_key": "keys revoke",
@@ -51,9 +53,9 @@ BY_ANOTHER = {
 NOT_YET = {"list_operations"}
 NO_JSON = {
     "serve", "demo",  # run until they are stopped
-    "content",  # writes the bytes
+    "content", "export",  # write the bytes
     "convert-dvae", "convert-weights",  # write the file that they were told
-    "store",
+    "store", "import",
 }  # fmt: skip
 
 
