@@ -188,8 +188,12 @@ class FolderInUse(Conflict):
     code, title = "folder_in_use", "Another process owns this data folder"
 
 
-class DatabaseInUse(Conflict):
-    code, title = "database_in_use", "Another server has this database open"
+class LearnedElsewhere(Conflict):
+    code, title = "learned_elsewhere", "Another server has learned of this collection meanwhile"
+
+
+class OriginalsElsewhere(Conflict):
+    code, title = "originals_elsewhere", "The originals of this database are kept somewhere else"
 
 
 # --- the server cannot do it now --------------------------------------------------------------------------------------

@@ -53,6 +53,13 @@ class Settings(BaseModel):
     database_url: SecretStr | None = Field(
         default=None, description="postgresql://user:password@host/name; absent: SQLite in the data folder"
     )
+    originals: Path | None = Field(
+        default=None,
+        description="the folder of originals, one for all servers of a database; absent: blobs, in the data folder",
+    )
+    jobs: bool = Field(
+        default=True, description="run background jobs in the server; false where workers (python -m workers) do"
+    )
     host: str = Field(default="127.0.0.1", description="the address to listen on")
     port: int = Field(default=8000, ge=0, le=65535, description="the port to listen on; 0 takes a free one")
     grpc_port: Annotated[int, Field(ge=0, le=65535)] | Literal["off"] | None = Field(

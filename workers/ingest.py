@@ -22,6 +22,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -80,7 +81,7 @@ class Ingest:
 
     def __init__(self, resources: Resources) -> None:
         self._resources = resources
-        self._owner = f"{os.getpid()}-{STORE_JOB}"
+        self._owner = f"{uuid.uuid4()}-{STORE_JOB}"
         self._stopping = threading.Event()
         self._changed = threading.Condition()  # guards all below
         self._runs: dict[str, _Run] = {}
@@ -272,6 +273,7 @@ class Ingest:
                 commit_encoded(self._resources, items[0].live, items)
                 break
             except EncodersChanged:
+                self._resources.successor(items[0].live)
                 items = [self._encoded_again(entry.run, item) for entry, item in zip(group, items, strict=True)]
         for entry, item in zip(group, items, strict=True):
             entry.run.progress = min(1.0, (item.item.position + 1) / entry.run.job.payload["items"])

@@ -10,9 +10,9 @@ Rules:
 
 from __future__ import annotations
 
-import os
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -39,7 +39,7 @@ class Worker(threading.Thread):
         self._engine = engine
         self._kind = kind
         self._handler = handler
-        self._owner = f"{os.getpid()}-{kind}"
+        self._owner = f"{uuid.uuid4()}-{kind}"
         self._stopping = threading.Event()
 
     def run(self) -> None:
@@ -121,9 +121,12 @@ class Housekeeper(threading.Thread):
 
 @contextmanager
 def running(engine: Engine) -> Iterator[None]:
-    """Workers for every kind of job the engine has, and the housekeeper, while the block runs."""
-    jobs = [Worker(engine, kind, handler) for kind, handler in engine.handlers().items()]
-    workers: list[Worker | Housekeeper | Ingest] = [*jobs, Ingest(engine.resources), Housekeeper(engine)]
+    """Workers for every kind of job the engine has (unless the settings leave them to other processes), and the
+    housekeeper, while the block runs."""
+    workers: list[Worker | Housekeeper | Ingest] = [Housekeeper(engine)]
+    if engine.resources.settings.jobs:
+        workers += [Worker(engine, kind, handler) for kind, handler in engine.handlers().items()]
+        workers += [Ingest(engine.resources)]
     for worker in workers:
         worker.start()
     try:

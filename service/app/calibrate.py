@@ -38,7 +38,7 @@ from service.bank import Found, View
 from service.core.beta import auto_beta
 from service.core.gate import calibrate
 from service.core.similarity import Kernel, scores
-from service.errors import CalibrationRefused
+from service.errors import CalibrationRefused, LearnedElsewhere
 from service.storage.jobs import Job
 
 CUES_MAX = (
@@ -324,15 +324,22 @@ def run_calibrate_job(resources: Resources, job: Job, beat: Callable[[float], No
     waiting_since = time.monotonic()
     while (now := time.monotonic()) - live.last_write_s < QUIET_S and now - waiting_since < QUIET_WAIT_MAX_S:
         time.sleep(0.05)
-    with resources.learning(job.collection_id) as live:
-        live.calibration_job = None  # what is written from here on may ask for another
-        supplied, skipped = supplied_with(live, resources, job)
-        kernels = live.learned.kernels
-        under = {name: active.kernel for name, active in kernels.items()}
-        calibration = calibrate_collection(live, resources, under, beat, supplied)
-        beat(1.0)  # the last look at whether the job is still wanted
-        resources.repository.put_gates(live.id, calibration.packed())
-        calibration.learned(live, kernels)
+    while True:
+        with resources.learning(job.collection_id) as live:
+            live.calibration_job = None  # what is written from here on may ask for another
+            at = live.revision
+            supplied, skipped = supplied_with(live, resources, job)
+            kernels = live.learned.kernels
+            under = {name: active.kernel for name, active in kernels.items()}
+            calibration = calibrate_collection(live, resources, under, beat, supplied)
+            beat(1.0)  # the last look at whether the job is still wanted
+            try:
+                live.revision = resources.repository.put_gates(live.id, calibration.packed(), at)
+            except LearnedElsewhere:
+                resources.look()
+                continue
+            calibration.learned(live, kernels)
+            break
     for modality in supplied.negatives.keys() - calibration.gates.keys():
         detail = f"the negatives that fill {modality} are not used: no known cue fills it"
         skipped.append({"position": None, "code": "nothing_observed", "detail": detail})

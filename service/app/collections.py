@@ -13,7 +13,7 @@ from service.app.encoding import run_once
 from service.app.fields import faults
 from service.app.gates import Gate
 from service.app.kernel_schemas import KernelInUse
-from service.app.live import Learned, LiveCollection, Space, make_space, make_spaces
+from service.app.live import Learned, LiveCollection, Space, make_space, make_spaces, rows_of
 from service.app.resources import Resources
 from service.app.routes import Route
 from service.app.schemas import (
@@ -22,10 +22,9 @@ from service.app.schemas import (
     Problem,
     SpaceInfo,
 )
-from service.bank import Rows
 from service.core.similarity import Kernel
 from service.encoders.protocol import Decoder
-from service.errors import EngramError, InvalidRequest
+from service.errors import CollectionNotFound, EngramError, InvalidRequest
 from service.storage.memories import Drafted
 from service.storage.repository import Collection
 
@@ -63,27 +62,58 @@ def load(resources: Resources, row: Collection) -> LiveCollection:
         raise InvalidRequest(f"its configuration is none that this version knows: {faults(error)}") from None
     live = LiveCollection(row, config, _load_spaces(resources, row, config), DEVICE)
     live.described = resources.repository.is_described(row.id)
-    kernels = {}
-    for kept in resources.repository.get_kernels(row.id):
-        if kept.weight is not None:
-            kernels[kept.space] = ActiveKernel(kept.space, kept.number, Kernel(torch.from_numpy(kept.weight)))
-            live.bank.add_kernel(kept.space, kernels[kept.space].kernel)
+    kernels = _add_kernels(resources, live)
     fill(resources, live)
+    _learn(resources, live, row, kernels)
+    while live.bank.seal_due() and live.bank.seal():
+        pass
+    return live
+
+
+def relearn(resources: Resources, live: LiveCollection) -> bool:
+    """Bring what another server has learned of a collection; False where its configuration is another one now, and it
+    is to be loaded anew. Raises `CollectionNotFound`.
+    """
+    row = resources.repository.get_collection(live.name)
+    if row.id != live.id:
+        raise CollectionNotFound(f"there is no collection {live.name}")
+    if row.config["config"] != live.config.model_dump(mode="json"):
+        return False
+    _learn(resources, live, row, _add_kernels(resources, live))
+    live.revision = row.revision
+    return True
+
+
+def _add_kernels(resources: Resources, live: LiveCollection) -> dict[str, ActiveKernel]:
+    """The kernels in use by space, known to the bank; those that are in use here already are the same objects."""
+    kernels = {}
+    for kept in resources.repository.get_kernels(live.id):
+        if kept.weight is None:
+            continue
+        before = live.learned.kernels.get(kept.space)
+        if before is not None and before.number == kept.number:
+            kernels[kept.space] = before
+            continue
+        kernels[kept.space] = ActiveKernel(kept.space, kept.number, Kernel(torch.from_numpy(kept.weight)))
+        live.bank.add_kernel(kept.space, kernels[kept.space].kernel)
+    return kernels
+
+
+def _learn(resources: Resources, live: LiveCollection, row: Collection, kernels: dict[str, ActiveKernel]) -> None:
+    """Let recalls go by the kernels, and by the calibration records that are stored."""
     stored = {name: gate.record for name, gate in resources.repository.get_gates(row.id).items()}
     gates = {m: Gate.unpacked(live, record) for m, record in stored.items() if not m.startswith(ROUTE_PREFIX)}
     routes = {m.removeprefix(ROUTE_PREFIX): Route.unpacked(r) for m, r in stored.items() if m.startswith(ROUTE_PREFIX)}
     # A kernel may have been retired since: what was chosen under it goes with it.
     routes = {modality: route for modality, route in routes.items() if route.holds(kernels)}
-    live.learned = Learned(kernels, gates, routes)
     made = next(iter(gates.values())).record if gates else None
     # Of before a re-encoding: what it left is of the other spaces, and the calibration is still to be done again.
     if made is not None and made.version >= row.config.get(REENCODED_AT, 0):
         gone = max(0, made.rows - live.bank.view().count)
         changed = gone + resources.repository.count_since(row.id, made.version)
         live.learn(Learned(kernels, gates, routes), made.rows, changed)
-    while live.bank.seal_due() and live.bank.seal():
-        pass
-    return live
+    else:
+        live.adopt(Learned(kernels, gates, routes))
 
 
 def fill(resources: Resources, live: LiveCollection, drafted: Drafted | None = None) -> None:
@@ -91,7 +121,7 @@ def fill(resources: Resources, live: LiveCollection, drafted: Drafted | None = N
     layout = [(space.name, space.dimension) for space in live.spaces.values()]
     with resources.repository.iter_patterns(live.id, layout, drafted=drafted) as stream:
         for chunk in stream.chunks:
-            live.bank.write(Rows(chunk.ids, chunk.vectors, chunk.payloads), [], stream.version)
+            live.bank.write(rows_of(chunk), [], stream.version)
 
 
 def _load_spaces(resources: Resources, row: Collection, config: CollectionConfig) -> dict[str, Space]:

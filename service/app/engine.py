@@ -5,6 +5,7 @@ It is opened on a data folder, which it owns until it is closed. Loading rebuild
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -28,6 +29,7 @@ from service.app.diagnose import diagnose
 from service.app.encoding import Parts, run_once
 from service.app.exporting import Export, export
 from service.app.importing import run_import
+from service.app.following import Follower
 from service.app.kernel_schemas import KernelList, TrainKernel
 from service.app.kernels import enqueue_kernel, listed, retire, run_kernel_job
 from service.app.keys import Keys
@@ -118,7 +120,10 @@ class Engine:
             writer = Writer(database)
             opened.callback(writer.close)
             self.repository = Repository(database, writer)
-            self.blobs = Blobs(self.folder.blobs_path)
+            self.blobs = Blobs(settings.originals or self.folder.blobs_path)
+            if self.repository.is_shared:
+                place = f"{socket.gethostname()}:{(settings.originals or self.folder.blobs_path).absolute()}"
+                self.repository.share_originals(self.blobs, place)
             device = check_device(settings.encoder_device)
             make_encoder = partial(registry.make, threads=settings.threads, device=device)
             self.resources = Resources(settings, self.repository, self.blobs, make_encoder)
@@ -128,6 +133,8 @@ class Engine:
             opened.callback(self.keys.close)
             limiter = Limiter(settings.rate_limit, settings.concurrent_max)
             self.admission = Admission(self.keys, limiter, self.resources.metrics)
+            self._follower = Follower(self.resources)
+            opened.callback(self._follower.stop)
             self.loading: str | None = "opening the data folder"  # what is still done before it is ready
             self._closing = False
             if load:
@@ -139,8 +146,9 @@ class Engine:
             self._opened = opened.pop_all()
 
     def load(self, warm: bool = False) -> None:
-        """Load every collection. One that cannot be answers its own requests with why; the others are not held up. One
-        whose encoder has changed is loaded, and refuses what needs it.
+        """Load every collection, and follow what other servers write from then on. One that cannot be loaded answers its
+        own requests with why; the others are not held up. One whose encoder has changed is loaded, and refuses what
+        needs it.
 
         `warm`: run every encoder once, so that no caller waits for what its first run takes besides. Stops half way
         at `stop_loading`.
@@ -168,7 +176,10 @@ class Engine:
                 log.error("an encoder could not be run", encoder=encoder.name, detail=error.detail)
         if self._closing:
             return
-        self.repository.release_leases()
+        if self.repository.is_shared:
+            self._follower.start()
+        else:
+            self.repository.release_leases()
         for live in lives:
             self.resources.calibrate_if_due(live)
         self.loading = None
@@ -434,6 +445,7 @@ class Engine:
         self.blobs.remove_unreferenced(self.repository.blob_hashes_in_use)
         self.repository.remove_drafts()
         self.repository.remove_ended_jobs()
+        self.repository.forget_deletions()
 
     def check_ready(self) -> None:
         """Raises `Unavailable` while collections are loaded, saying how far, and while storage does not answer."""

@@ -28,7 +28,7 @@ from service.bank.bank import KERNELS_MAX
 from service.core.kernel import Progress, Training, train, whitening
 from service.core.similarity import Kernel
 from service.encoders.corruption import Corruption
-from service.errors import EncodersChanged, KernelNotFound, TooBusy, TrainingRefused, UnknownSpace
+from service.errors import EncodersChanged, KernelNotFound, LearnedElsewhere, TooBusy, TrainingRefused, UnknownSpace
 from service.storage.jobs import Job
 from service.storage.learned import KernelPut
 
@@ -129,7 +129,7 @@ def retire(resources: Resources, live: LiveCollection, kernel_id: str) -> None:
         if active is None:
             raise KernelNotFound(f"no kernel {kernel_id} is in use in {live.name}")
         resources.repository.retire_kernel(
-            live.id, active.space, then=lambda version: live.without_kernel(active.space, version)
+            live.id, active.space, then=lambda retired: live.without_kernel(active.space, retired)
         )
     finally:
         live.learning.release()
@@ -141,23 +141,38 @@ def _swap_in(
     resources: Resources, live: LiveCollection, kernel: Kernel, record: KernelRecord,
     progress: Callable[[float], None],
 ) -> None:  # fmt: skip
+    while True:
+        try:
+            _swap_at(resources, live, kernel, record, progress)
+            return
+        except LearnedElsewhere:
+            resources.look()
+
+
+def _swap_at(
+    resources: Resources, live: LiveCollection, kernel: Kernel, record: KernelRecord,
+    progress: Callable[[float], None],
+) -> None:  # fmt: skip
+    """Raises `LearnedElsewhere`: it is to be calibrated again, under what has changed."""
     while not live.learning.acquire(timeout=1.0):
         progress(0.0)  # a calibration under way takes its time; the lease is kept meanwhile
     # Held, so that no calibration under the former kernels ends after the swap, and none is retired meanwhile.
     try:
         _check_current(resources, live)
+        at = live.revision
         kernels = _in_use(live) | {record.space: kernel}
         calibration = calibrate_collection(live, resources, kernels, progress, Supplied.before(live))
         progress(1.0)  # the last look at whether the job is still wanted
 
         def then(put: KernelPut) -> None:
             active = dict(live.learned.kernels) | {record.space: ActiveKernel(record.space, put.number, kernel)}
-            live.bank.write(None, [], put.version)
+            live.follow(None, [], put.version)
+            live.revision = put.revision
             calibration.learned(live, active)
 
         resources.repository.put_kernel(
             live.id, record.space, record.objective, kernel.weight.numpy(), record.model_dump(mode="json"), True,
-            gates=calibration.packed(), then=then,
+            gates=calibration.packed(), then=then, at=at,
         )  # fmt: skip
     finally:
         live.learning.release()

@@ -19,6 +19,8 @@ from service.core.similarity import Blocks, Kernel
 from service.encoders.corruption import DEFAULT_CORRUPTIONS, Corruption
 from service.encoders.protocol import Decoder, Encoder
 from service.errors import EngramError, InvalidRequest
+from service.storage.learned import Retired
+from service.storage.memories import PatternChunk
 from service.storage.repository import Collection
 
 if TYPE_CHECKING:
@@ -142,14 +144,33 @@ class LiveCollection:
         self.margins: dict[tuple[str, ...], tuple[int, float | None]] = {}  # see calibrate.stored_margin
         self._retired: list[Kernel] = []
         self.last_write_s = 0.0  # monotonic; calibration waits for quiet
+        self.revision = row.revision  # of what was learned, as the database counts it
         self.changed: Changed | None = None  # where a re-encoding follows
+        self.following = threading.RLock()  # held while a commit, or several, are brought to the bank
+        self.read_log: Callable[[], None] | None = None  # brings what others have committed; None: nobody else commits
         self.writable = threading.Event()  # cleared for the moment in which a re-encoding catches up for good
         self.writable.set()
         self.sealing = threading.Lock()
         self.calibration_job: str | None = None  # a calibration that has not looked at the bank yet
 
     def follow(self, rows: Rows | None, deletes: Sequence[str], version: int) -> None:
-        """Bring a commit to the bank. Called by storage in the order of the commits."""
+        """Bring a commit to the bank. Called by storage in the order of the commits; what other servers have committed
+        before it is brought as well.
+        """
+        with self.following:
+            if version == self.bank.version + 1 or self.read_log is None:
+                self.bring(rows, deletes, version)
+            else:
+                self.catch_up(version)
+
+    def catch_up(self, version: int | None = None) -> None:
+        """Bring what is committed, unless the bank has reached `version` already."""
+        with self.following:
+            if self.read_log is not None and (version is None or self.bank.version < version):
+                self.read_log()
+
+    def bring(self, rows: Rows | None, deletes: Sequence[str], version: int) -> None:
+        """Bring rows and deletes to the bank. To be called under `following`."""
         if self.changed is not None:  # before the bank is at this version: who saw it there finds the ids here
             self.changed.note([*deletes, *(() if rows is None else rows.ids)])
         self.bank.write(rows, deletes, version)
@@ -187,17 +208,22 @@ class LiveCollection:
 
     def learn(self, learned: Learned, rows: int, changed_rows: int) -> None:
         """Keep what was learned of `rows` memories, of which `changed_rows` have been written or deleted since."""
-        before, self.learned = self.learned, learned
         self.calibrated_rows, self.changed_rows, self.margins = rows, changed_rows, {}
+        self.adopt(learned)
+
+    def adopt(self, learned: Learned) -> None:
+        """Let recalls go by what was learned."""
+        before, self.learned = self.learned, learned
         self._let_go(before)
 
-    def without_kernel(self, space: str, version: int) -> None:
+    def without_kernel(self, space: str, retired: Retired) -> None:
         """A space goes on without its kernel; what was calibrated under it is forgotten. Called by storage."""
         before = self.learned
         kernels = {name: kernel for name, kernel in before.kernels.items() if name != space}
         routes = {name: route for name, route in before.routes.items() if route.holds(kernels)}
         self.learned = Learned(kernels, before.gates, routes)
-        self.bank.write(None, [], version)
+        self.follow(None, [], retired.version)
+        self.revision = retired.revision
         self._let_go(before)
 
     def _let_go(self, before: Learned) -> None:
@@ -246,6 +272,11 @@ class LiveCollection:
             redone_over=over, why=why[state], modalities=list(self.records.values()),
             choices=[route.info for route in self.learned.routes.values()],
         )  # fmt: skip
+
+
+def rows_of(chunk: PatternChunk) -> Rows:
+    """What is stored, as a bank takes it."""
+    return Rows(chunk.ids, chunk.vectors, chunk.payloads)
 
 
 def spaces_of(modality: str) -> tuple[str, ...]:

@@ -30,12 +30,11 @@ from service.app.calibrate import ROUTE_PREFIX
 from service.app.collections import DEVICE, REENCODED_AT, fill
 from service.app.cues import ENCODE_BATCH, in_batches
 from service.app.encoding import Parts, encode
-from service.app.live import Changed, Learned, LiveCollection, Space, make_space, spaces_of
+from service.app.live import Changed, Learned, LiveCollection, Space, make_space, rows_of, spaces_of
 from service.app.reencode_schemas import Dropped, ReencodeRecord, ReencodeRequest
 from service.app.resources import REENCODE_JOB, Resources
 from service.app.schemas import SpaceConfig
 from service.app.store import STORE_JOB
-from service.bank import Rows
 from service.encoders.picture import read_picture
 from service.errors import (
     Conflict,
@@ -256,7 +255,7 @@ class _Reencoding:
         gone, bank = set(ids), successor.bank
         with self._repository.iter_patterns(successor.id, layout, ids=ids, drafted=self._drafted) as stream:
             for chunk in stream.chunks:
-                bank.write(Rows(chunk.ids, chunk.vectors, chunk.payloads), [], bank.version)
+                bank.write(rows_of(chunk), [], bank.version)
                 gone.difference_update(chunk.ids)
         bank.write(None, list(gone), bank.version)
 
@@ -291,6 +290,7 @@ class _Reencoding:
 
         while True:
             live.writable.clear()
+            live.catch_up()
             at = live.bank.version
             if self._catch_up():  # else what the bank holds at this version is in the drafts and the second bank
                 continue

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import structlog
 
 from service.app.encoding import EncodeCache
 from service.app.handover import Handover
-from service.app.live import LiveCollection, MakeEncoder
-from service.errors import CollectionNotFound, EngramError
+from service.app.live import LiveCollection, MakeEncoder, rows_of
+from service.errors import CollectionNotFound, EncodersChanged, EngramError
 from service.observability import Metrics
 from service.settings import Settings
 from service.storage.blobs import Blobs
@@ -26,6 +28,7 @@ log = structlog.get_logger()
 CALIBRATE_JOB = "calibrate"
 KERNEL_JOB = "kernel"
 REENCODE_JOB = "reencode"
+SUCCESSOR_WAIT_S = 10.0  # loading a hundred thousand memories takes a second
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Resources:
         self.broken: dict[str, EngramError] = {}  # collections that could not be loaded, and why
         self._waiting: dict[str, _Waiting] = {}
         self._work = threading.Condition()
+        self.look: Callable[[], None] = lambda: None  # at what other servers have written, now (see `following`)
         self._enqueued = 0  # jobs so far: who looked for one sees whether another has come since
         self._calibrating = threading.RLock()  # `enqueue` may itself find the job ended
         self._sealer = ThreadPoolExecutor(1, thread_name_prefix="seal")
@@ -56,6 +60,8 @@ class Resources:
     # --- collections ---
 
     def add(self, live: LiveCollection) -> None:
+        if self.repository.is_shared:
+            live.read_log = partial(self._read_log, live)
         self._by_id[live.id] = live
         self.lives[live.name] = live
         self.metrics.memories.labels(live.name).set_function(lambda: live.bank.view().count)
@@ -79,8 +85,18 @@ class Resources:
             if waiting.collection_id == live.id:
                 self.ended(job_id)
 
+    def succeed(self, live: LiveCollection) -> None:
+        """Let a collection that was loaded anew answer, in place of its former self if there is one."""
+        former = self._by_id.get(live.id)
+        self.add(live)
+        if former is not None:
+            live.calibration_job = former.calibration_job
+            former.writable.set()
+
     def live(self, name: str) -> LiveCollection:
         """Raises `CollectionNotFound`, or why the collection could not be loaded."""
+        if name not in self.lives:
+            self.look()
         live = self.lives.get(name)
         if live is not None:
             return live
@@ -89,10 +105,49 @@ class Resources:
         raise CollectionNotFound(f"there is no collection {name}")
 
     def live_by_id(self, collection_id: int) -> LiveCollection:
+        """Raises `CollectionNotFound`."""
+        if collection_id not in self._by_id:
+            self.look()
         live = self._by_id.get(collection_id)
         if live is None:
             raise CollectionNotFound("the collection was deleted meanwhile")
         return live
+
+    def find(self, collection_id: int) -> LiveCollection | None:
+        return self._by_id.get(collection_id)
+
+    def all_lives(self) -> list[LiveCollection]:
+        return list(self._by_id.values())
+
+    def successor(self, live: LiveCollection) -> LiveCollection:
+        """What a collection is under the encoders that it has by now, where a commit was refused for them. Raises
+        `CollectionNotFound`, `EncodersChanged`.
+        """
+        deadline = time.monotonic() + SUCCESSOR_WAIT_S
+        while (now := self.live_by_id(live.id)) is live:
+            if time.monotonic() >= deadline:
+                raise EncodersChanged(f"the encoders of {live.name} have changed; they are not loaded here yet")
+            self.look()
+        return now
+
+    def _read_log(self, live: LiveCollection) -> None:
+        """Bring a bank to the version that the database has, or a later one. 4,096 rows come at once; what is more is
+        seen in parts, at the former version. To be called under `live.following`.
+        """
+        layout = [(space.name, space.dimension) for space in live.spaces.values()]
+        before = live.bank.version
+        with self.repository.iter_patterns(live.id, layout, since=before) as stream:
+            deleted = stream.deleted
+            if deleted is None:
+                deleted = list(set(live.bank.view().all_ids()) - self.repository.ids(live.id))
+            rows = None
+            for chunk in stream.chunks:
+                if rows is not None:
+                    live.bring(rows, deleted, before)
+                    deleted = []
+                rows = rows_of(chunk)
+            live.described = live.described or (rows is not None and self.repository.is_described(live.id))
+            live.bring(rows, deleted, stream.version)
 
     @contextmanager
     def learning(self, collection_id: int) -> Iterator[LiveCollection]:
@@ -133,6 +188,11 @@ class Resources:
                 live.calibration_job = None
         waiting.done.set_result(None)
 
+    def hear_of_ended(self) -> None:
+        """Tell whoever waits for jobs that other servers have ended."""
+        for job_id in self.repository.ended(list(self._waiting)):
+            self.ended(job_id)
+
     @property
     def enqueued(self) -> int:
         return self._enqueued
@@ -164,6 +224,11 @@ class Resources:
     def calibrate_if_due(self, live: LiveCollection) -> None:
         with self._calibrating:
             if live.calibration_job is None and not live.faulty and live.calibration_state() in ("pending", "stale"):
+                if self.repository.is_shared and (job_id := self.repository.active_job(live.id, CALIBRATE_JOB)):
+                    with self._work:
+                        self._waiting[job_id] = _Waiting(live.id, Future())
+                    live.calibration_job = job_id
+                    return
                 job_id, done = self.enqueue(CALIBRATE_JOB, live.id)
                 live.calibration_job = None if done.done() else job_id
 

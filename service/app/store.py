@@ -279,7 +279,7 @@ def _commit_ready(
                 return written.version, list(zip(written.statuses, find_equal(live, ids, vectors), strict=True))
             return commit_admitted(resources, live, writes)
         except EncodersChanged:
-            live = resources.live_by_id(live.id)
+            live = resources.successor(live)
 
 
 def commit_admitted(

@@ -357,6 +357,10 @@ class View:
         chosen = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed))[:n]
         return self._alive_rows[chosen.to(self.device)]
 
+    def all_ids(self) -> list[str]:
+        """Of every memory."""
+        return [memory_id for (memory_id,) in self.ids(self._alive_rows[:, None]) if memory_id is not None]
+
     @cached_property
     def _alive_rows(self) -> Tensor:
         return torch.cat([part.alive_rows() + start for start, part in zip(self.starts, self.parts, strict=False)])

@@ -1,7 +1,8 @@
 """Originals, kept as files named by the sha-256 of their content.
 
-Layout: `<root>/ab/abcdef…` (256 folders, all made at open so that storing never makes one) and `<root>/tmp/` for files
-being written, which is emptied at open: nothing there was ever referred to.
+Layout: `<root>/ab/abcdef…` (256 folders, all made at open so that storing never makes one), `<root>/tmp/` for files
+being written, of which those older than the grace are removed at open (nothing there was ever referred to), and
+`<root>/identity`, by which servers that share a database know that they share the originals.
 
 Rules:
 - A blob is written beside its place, synced, renamed, and its folder synced, before `put` returns: whoever commits a
@@ -29,14 +30,16 @@ GRACE_S = 3600.0
 """Time between writing an original and committing what names it: requests are bounded far below this (30 s by
 default)."""
 
+IDENTITY = "identity"
+
 SYNC_TOGETHER_FROM = 8
 """Blobs from which one sync of the file system beats one per file and folder (500 of 3 kB on ext4: 0.03 s against 0.17
 s); below it, other programs' unwritten data would be waited for without need."""
 
 
 class Blobs:
-    """A content-addressed store of byte strings under `root`. Safe to use from several threads of the process that owns
-    it."""
+    """A content-addressed store of byte strings under `root`. Safe to use from several threads, and from several
+    processes."""
 
     def __init__(self, root: Path) -> None:
         """Raises `StorageUnavailable` if `root` cannot be made or written, `StorageFull` if there is no space."""
@@ -49,7 +52,8 @@ class Blobs:
         with os_errors(f"The blob store {root} cannot be used"):
             make_folder(self._temporary)
             for stale in self._temporary.iterdir():
-                stale.unlink()
+                if stale.stat().st_mtime <= time.time() - GRACE_S:
+                    stale.unlink(missing_ok=True)
             for folder in self._folders:
                 folder.mkdir(exist_ok=True)
             sync_folder(root)
@@ -119,10 +123,41 @@ class Blobs:
                     old = [entry.name for entry in entries if entry.stat().st_mtime <= cutoff]
                 for hash_ in set(old).difference(in_use(old) if old else ()):
                     with self._deciding:
-                        if self._path(hash_).stat().st_mtime <= cutoff:
-                            self._path(hash_).unlink()
-                            removed += 1
+                        removed += self._remove(self._path(hash_), cutoff)
         return removed
+
+    def _remove(self, path: Path, cutoff: float) -> bool:
+        """Remove a blob that is older than the cutoff. It is moved aside first: another process may make it young
+        between a look and a removal, and then it is moved back.
+        """
+        aside = self._temporary / f"{path.name}-{uuid.uuid4().hex}"
+        try:
+            if path.stat().st_mtime > cutoff:
+                return False
+            path.rename(aside)
+        except FileNotFoundError:  # another process was first
+            return False
+        if aside.stat().st_mtime > cutoff:
+            aside.rename(path)
+            return False
+        aside.unlink()
+        return True
+
+    def identity(self) -> str | None:
+        """What `identify` was given first, by whatever process."""
+        with os_errors("The store of originals cannot be read"):
+            try:
+                return (self._root / IDENTITY).read_text(encoding="ascii")
+            except FileNotFoundError:
+                return None
+
+    def identify(self, identity: str) -> None:
+        """Write down whose originals these are."""
+        with os_errors("The store of originals cannot be written"):
+            beside = self._temporary / uuid.uuid4().hex
+            write_file(beside, identity.encode("ascii"), sync=True)
+            beside.rename(self._root / IDENTITY)
+            sync_folder(self._root)
 
     def _touch(self, hash_: str) -> bool:
         """Whether the blob exists; if so, its grace starts anew."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import alembic.command
@@ -45,7 +45,6 @@ class Database:
         self._reads = engine.execution_options(**postgres.READ) if self.is_postgres else engine
         self._writes = engine if self.is_postgres else engine.execution_options(**sqlite.WRITE)
         self._stopping = threading.Event()
-        self._held = ExitStack()
 
     @classmethod
     def open(cls, where: Path | str) -> Database:
@@ -53,15 +52,13 @@ class Database:
         upgrade its schema as needed.
 
         Raises `StorageUnavailable` (read-only, damaged, not a database, not reached, newer than this code),
-        `StorageFull`, `DatabaseInUse` and, for a URL that is none, `InvalidSettings`.
+        `StorageFull` and, for a URL that is none, `InvalidSettings`.
         """
         if isinstance(where, Path):
             database = cls(sqlite.open_sqlite(where, READERS_MAX, READER_WAIT_S))
         else:
             database = cls(postgres.open_postgres(where, READERS_MAX, READER_WAIT_S))
         try:
-            if database.is_postgres:
-                database._held.enter_context(postgres.sole_use(database._engine))
             database._migrate()
         except BaseException:
             database.close()
@@ -91,7 +88,6 @@ class Database:
     def close(self) -> None:
         """Close all connections; SQLite then folds its log into the database file."""
         self._stopping.set()
-        self._held.close()
         self._engine.dispose()
 
     def _migrate(self) -> None:
@@ -99,6 +95,8 @@ class Database:
         config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))  # % interpolates there
         script = ScriptDirectory.from_config(config)
         with self.write() as connection:
+            if self.is_postgres:
+                postgres.lock_schema(connection)
             revision = MigrationContext.configure(connection).get_current_revision()
             if revision == script.get_current_head():
                 return

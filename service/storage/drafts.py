@@ -221,7 +221,9 @@ class Drafts:
             connection.execute(
                 update(collections)
                 .where(collections.c.id == collection_id)
-                .values(version=version + 1, generation=generation + 1, config=config)
+                .values(
+                    version=version + 1, generation=generation + 1, config=config, revision=collections.c.revision + 1
+                )
             )
             outcome = {**result, "version": version + 1, "memories": made, "deleted": len(deleted)}
             if not end_job(connection, drafted.job_id, "done", progress=1.0, result=outcome):

@@ -43,9 +43,9 @@ ENDED: tuple[Status, ...] = ("done", "failed", "cancelled", "dead")
 ATTEMPTS_MAX = 5
 """Claims without progress after which a job is taken to be what kills its worker."""
 
-LEASE_S = 60.0
-"""Far above the seconds between two heartbeats, so that a slow machine does not lose its jobs; short enough to wait
-for."""
+LEASE_S = 15.0
+"""Far above the second between two heartbeats, so that a slow machine does not lose its jobs; short enough to wait for
+where several servers share a database."""
 
 ENDED_KEPT_S = 7 * 24 * 3600.0
 """How long an ended job can be asked about."""

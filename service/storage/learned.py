@@ -13,24 +13,26 @@ Rules:
 - Numbers count up per space and are never used again: the newest kernel of a space is always kept.
 - A kernel may come with calibration records: both are replaced in one transaction, since a threshold holds for the
   kernel that it was set under.
+- What is learned is learned under what was learned before, on a server that may share the database with others. Each
+  change takes the collection's next revision, and names the one that it stands on: another one is a conflict.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection, case, delete, func, insert, select, update
-from sqlalchemy.exc import IntegrityError
 
-from service.errors import CollectionNotFound
+from service.errors import LearnedElsewhere
 from service.storage.database import Database
+from service.storage.following import revise
 from service.storage.memories import lock_version, set_version
-from service.storage.tables import gates, kernels
+from service.storage.tables import collections, gates, kernels
 from service.storage.writer import Writer
 
 Weight = NDArray[np.float32]
@@ -64,10 +66,20 @@ class StoredKernel:
 
 @dataclass(frozen=True)
 class KernelPut:
-    """The kernel's number in its space, and the collection's version after (unchanged if it was not activated)."""
+    """The kernel's number in its space, and the collection's version and revision after (unchanged if it was not
+    activated)."""
 
     number: int
     version: int
+    revision: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True)
+class Retired:
+    """The collection's version and revision after (unchanged if there was no kernel)."""
+
+    version: int
+    revision: int
 
 
 class Learned:
@@ -86,19 +98,24 @@ class Learned:
         activate: bool,
         gates: Mapping[str, dict[str, Any]] | None = None,
         then: Callable[[KernelPut], None] = lambda _: None,
+        at: int | None = None,
     ) -> KernelPut:
         """Keep a trained kernel W (rows, dimension) with its training record, in one transaction.
 
         With `activate` it takes the place of the space's active one, under the collection's next version. Else it is
         dropped: its shape and record are kept, W is not. `gates`, if given, replace all calibration records. `then` as
-        in `Writer.submit`. Raises `CollectionNotFound`, and as `Writer.submit` does.
+        in `Writer.submit`. `at`: the revision that it was trained under. Raises `CollectionNotFound`,
+        `LearnedElsewhere` (to be activated, and that has passed), and as `Writer.submit` does.
         """
         rows, dimension = weight.shape
         now = datetime.now(UTC)
 
         def run(connection: Connection) -> KernelPut:
             version = lock_version(connection, collection_id)
+            revision = _revision(connection, collection_id)
             if activate:
+                _check_revision(revision, at)
+                revision = revise(connection, collection_id)
                 _retire(connection, collection_id, space)
                 version += 1
                 set_version(connection, collection_id, version)
@@ -124,22 +141,21 @@ class Learned:
             )
             if gates is not None:
                 _replace_gates(connection, collection_id, gates)
-            return KernelPut(number, version)
+            return KernelPut(number, version, revision)
 
         return self._writer.submit(run, then)
 
-    def retire_kernel(self, collection_id: int, space: str, then: Callable[[int], None] = lambda _: None) -> int:
-        """Let a space be without a kernel. Returns the collection's version after (unchanged if there was none).
+    def retire_kernel(
+        self, collection_id: int, space: str, then: Callable[[Retired], None] = lambda _: None
+    ) -> Retired:
+        """Let a space be without a kernel. `then` as in `Writer.submit`. Raises `CollectionNotFound`."""
 
-        `then` as in `Writer.submit`. Raises `CollectionNotFound`.
-        """
-
-        def run(connection: Connection) -> int:
+        def run(connection: Connection) -> Retired:
             version = lock_version(connection, collection_id)
             if not _retire(connection, collection_id, space):
-                return version
+                return Retired(version, _revision(connection, collection_id))
             set_version(connection, collection_id, version + 1)
-            return version + 1
+            return Retired(version + 1, revise(connection, collection_id))
 
         return self._writer.submit(run, then)
 
@@ -168,9 +184,19 @@ class Learned:
             row = connection.execute(query).one_or_none()
         return None if row is None else _weight(*row)
 
-    def put_gates(self, collection_id: int, records: Mapping[str, dict[str, Any]]) -> None:
-        """Keep these calibration records by modality, in place of all earlier ones. Raises `CollectionNotFound`."""
-        self._writer.submit(lambda connection: _replace_gates(connection, collection_id, records))
+    def put_gates(self, collection_id: int, records: Mapping[str, dict[str, Any]], at: int | None = None) -> int:
+        """Keep these calibration records by modality, in place of all earlier ones; the collection's revision after.
+
+        `at`: the revision that they were made under. Raises `CollectionNotFound`, `LearnedElsewhere`.
+        """
+
+        def run(connection: Connection) -> int:
+            lock_version(connection, collection_id)
+            _check_revision(_revision(connection, collection_id), at)
+            _replace_gates(connection, collection_id, records)
+            return revise(connection, collection_id)
+
+        return self._writer.submit(run)
 
     def get_gates(self, collection_id: int) -> dict[str, Gate]:
         """The calibration records by modality."""
@@ -200,11 +226,18 @@ def _replace_gates(connection: Connection, collection_id: int, records: Mapping[
         for modality, record in records.items()
     ]
     connection.execute(delete(gates).where(gates.c.collection_id == collection_id))
-    try:
-        if rows:
-            connection.execute(insert(gates), rows)
-    except IntegrityError:
-        raise CollectionNotFound("The collection was deleted.") from None
+    if rows:
+        connection.execute(insert(gates), rows)
+
+
+def _revision(connection: Connection, collection_id: int) -> int:
+    """To be asked under the collection's lock."""
+    return connection.execute(select(collections.c.revision).where(collections.c.id == collection_id)).scalar_one()
+
+
+def _check_revision(revision: int, at: int | None) -> None:
+    if at not in (None, revision):
+        raise LearnedElsewhere("what was learned of the collection has been changed by another server meanwhile")
 
 
 def _weight(rows: int, dimension: int, weight: bytes | None) -> Weight | None:

@@ -36,8 +36,9 @@ from sqlalchemy import (
 
 from service.errors import CollectionNotFound, EncodersChanged, MemoryNotFound
 from service.storage.database import Database
+from service.storage.following import note_deleted
 from service.storage.jobs import ItemAnswer, JobItems, answer_items
-from service.storage.tables import collections, job_items, jobs, memories, pattern_drafts, patterns
+from service.storage.tables import collections, deletions, job_items, jobs, memories, pattern_drafts, patterns
 from service.storage.writer import Writer
 
 Vector = NDArray[np.float32]
@@ -117,11 +118,13 @@ class PatternChunk:
 
 @dataclass(frozen=True, eq=False)
 class PatternStream:
-    """All of a collection at one `version`: `count` memories, in chunks."""
+    """All of a collection at one `version`: `count` memories, in chunks; or what was written since a version, with what
+    was `deleted` since (None: no longer known)."""
 
     version: int
     count: int
     chunks: Iterator[PatternChunk]
+    deleted: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -209,6 +212,7 @@ class Memories:
                 delete(memories).where(memories.c.key == bindparam("this")), [{"this": key} for key in keys.values()]
             )
             set_version(connection, collection_id, version + 1)
+            note_deleted(connection, collection_id, version + 1, list(keys))
             return Deleted(version + 1, [id_ for id_ in dict.fromkeys(ids) if id_ in keys])
 
         return self._writer.submit(run, then)
@@ -267,13 +271,14 @@ class Memories:
         chunk: int = 4096,
         *,
         ids: Sequence[str] | None = None,
+        since: int | None = None,
         drafted: Drafted | None = None,
     ) -> Iterator[PatternStream]:
         """Stream a collection in the order its memories were first stored, as it is when the block is entered.
 
         `spaces` gives (name, dimension) of the blocks wanted; a stored block of another dimension is a `ValueError`.
-        `ids`: of the memories wanted, `IN_MAX` at most (None: all). The blocks of the space `drafted` are a job's
-        drafts. The stream is valid inside the block alone. Raises `CollectionNotFound`.
+        `ids`: of the memories wanted, `IN_MAX` at most (None: all). `since`: only those written after that version. The
+        blocks of the space `drafted` are a job's drafts. The stream is valid inside the block alone. Raises `CollectionNotFound`.
         """
         blocks: list[Any] = []
         joined: Any = memories
@@ -285,10 +290,12 @@ class Memories:
                 block = patterns.alias()
                 joined = joined.outerjoin(block, (block.c.memory_key == memories.c.key) & (block.c.space == space))
             blocks.append(block)
+        wanted = [] if ids is None else [memories.c.id.in_(ids)]
+        wanted += [] if since is None else [memories.c.version > since]
         rows = (
             select(memories.c.id, type_coerce(memories.c.payload, LargeBinary), *(block.c.vector for block in blocks))
             .select_from(joined)
-            .where(memories.c.collection_id == collection_id, *([] if ids is None else [memories.c.id.in_(ids)]))
+            .where(memories.c.collection_id == collection_id, *wanted)
             .order_by(memories.c.key)
             .execution_options(yield_per=chunk)
         )
@@ -305,8 +312,16 @@ class Memories:
             count = connection.execute(
                 select(func.count()).where(memories.c.collection_id == collection_id)
             ).scalar_one()
+            deleted = None if since is None else _deleted_since(connection, collection_id, since)
             with closing(chunks(connection)) as stream:
-                yield PatternStream(version, count, stream)
+                yield PatternStream(version, count, stream, deleted)
+
+    def ids(self, collection_id: int) -> set[str]:
+        """The ids of all memories."""
+        with self._database.read() as connection:
+            return set(
+                connection.execute(select(memories.c.id).where(memories.c.collection_id == collection_id)).scalars()
+            )
 
     def blob_hashes_in_use(self, hashes: Sequence[str]) -> set[str]:
         """Those of `hashes` that a memory, or an item of a job, still names."""
@@ -346,6 +361,15 @@ def read_version(connection: Connection, collection_id: int) -> int:
 def set_version(connection: Connection, collection_id: int, version: int) -> None:
     """To be called under `lock_version`, with the number after the one that it gave."""
     connection.execute(update(collections).where(collections.c.id == collection_id).values(version=version))
+
+
+def _deleted_since(connection: Connection, collection_id: int, version: int) -> list[str] | None:
+    """The ids deleted after a version; None where that is longer ago than deletions are known for."""
+    known = select(collections.c.deletions_from).where(collections.c.id == collection_id)
+    if connection.execute(known).scalar_one() > version:
+        return None
+    c = deletions.c
+    return list(connection.execute(select(c.id).where(c.collection_id == collection_id, c.version > version)).scalars())
 
 
 def _write_memories(

@@ -4,21 +4,20 @@ Rules:
 - A read is one snapshot (REPEATABLE READ, read only); a write is READ COMMITTED under the row locks that it takes.
 - A commit whose answer was lost may stand or not. Which of the two is asked of the server by the transaction's number
   before anything is done again: nothing is stored twice, and nothing that stands is reported as failed.
-- Two engines on one database would each keep a bank that the other's writes never reach, so an engine holds an
-  advisory lock for as long as it lives, and a second one is refused.
+- Several servers may use one database: their writes to a collection are in order by its row's lock, and how each
+  follows the others is in `following`.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event, make_url, text
 from sqlalchemy.exc import ArgumentError
 
-from service.errors import DatabaseInUse, EngramError, InvalidSettings, StorageFull, StorageUnavailable, TooBusy
+from service.errors import EngramError, InvalidSettings, StorageFull, StorageUnavailable, TooBusy
 
 DRIVER = "postgresql+psycopg"
 
@@ -31,14 +30,7 @@ LOCK_TIMEOUT_MS = 30_000
 ASK_AGAIN_S = 0.5
 """Between two tries to reach a server that went away in the middle of a commit."""
 
-LOCK_KEY = 0x656E6772  # "engr": the advisory lock of an engine; the second half is the schema's number
-
-HELD_WAIT_S = 5.0
-"""How long an engine waits for the one before it: the session of a server that was killed ends when PostgreSQL sees
-that its socket is closed, which is milliseconds after and no moment of ours."""
-
-ASK_FREE_S = 0.05
-"""Between two tries for the lock."""
+LOCK_KEY = 0x656E6772  # "engr": of the advisory lock under which a schema changes; the second half is its number
 
 READ = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
 """Execution options of a connection that only reads."""
@@ -132,25 +124,12 @@ def _stands(engine: Engine, number: str, stopping: threading.Event) -> bool:
             raise StorageUnavailable("The database went away in the middle of a commit, which may stand or not.")
 
 
-@contextmanager
-def sole_use(engine: Engine) -> Iterator[None]:
-    """Hold the database (more exactly: the schema in use) for this engine alone. Raises `DatabaseInUse` where another
-    still does after `HELD_WAIT_S`.
+def lock_schema(connection: Connection) -> None:
+    """Until the transaction ends, nobody else brings this schema to another version. Raises `StorageUnavailable` where
+    somebody does for longer than `LOCK_TIMEOUT_MS`.
     """
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.detach()  # it is nobody else's any more, and closing it ends its session, which holds the lock
-        schema = connection.execute(text("SELECT current_schema()::regnamespace::oid::int")).scalar_one()
-        keys = {"first": LOCK_KEY, "second": schema}
-        deadline = time.monotonic() + HELD_WAIT_S
-        while not connection.execute(text("SELECT pg_try_advisory_lock(:first, :second)"), keys).scalar_one():
-            if time.monotonic() >= deadline:
-                raise DatabaseInUse("Another Engram server has this database open; several on one are not served yet.")
-            time.sleep(ASK_FREE_S)
-        try:
-            yield
-        finally:
-            with suppress(EngramError):  # a session that is lost holds nothing
-                connection.execute(text("SELECT pg_advisory_unlock(:first, :second)"), keys)
+    schema = connection.execute(text("SELECT current_schema()::regnamespace::oid::int")).scalar_one()
+    connection.execute(text("SELECT pg_advisory_xact_lock(:first, :second)"), {"first": LOCK_KEY, "second": schema})
 
 
 def _translate(context: ExceptionContext) -> None:

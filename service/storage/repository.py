@@ -21,6 +21,7 @@ from sqlalchemy.exc import IntegrityError
 from service.errors import CollectionExists, CollectionNotFound
 from service.storage.database import Database
 from service.storage.drafts import Drafts
+from service.storage.following import Following
 from service.storage.jobs import Jobs
 from service.storage.keys import ApiKeys
 from service.storage.learned import Learned
@@ -43,9 +44,10 @@ class Collection:
     created_at: datetime
     count: int
     generation: int = 0
+    revision: int = 0
 
 
-class Repository(Memories, Selection, Streaming, Drafts, Jobs, Learned, ApiKeys):
+class Repository(Memories, Selection, Streaming, Drafts, Jobs, Learned, ApiKeys, Following):
     """Everything stored in one database. Safe to use from several threads."""
 
     def __init__(self, database: Database, writer: Writer) -> None:
@@ -107,7 +109,7 @@ class Repository(Memories, Selection, Streaming, Drafts, Jobs, Learned, ApiKeys)
 def _collections() -> Select[Any]:
     c = collections.c
     count = select(func.count()).where(memories.c.collection_id == c.id).scalar_subquery()
-    return select(c.id, c.name, c.config, c.version, c.created_at, count, c.generation)
+    return select(c.id, c.name, c.config, c.version, c.created_at, count, c.generation, c.revision)
 
 
 def _not_found(name: str) -> CollectionNotFound:

@@ -18,6 +18,7 @@ from service.core.filter import Clause
 from service.storage.database import Database
 from service.storage.dialects import Postgres, Sqlite
 from service.storage.filtering import Expression
+from service.storage.following import note_deleted
 from service.storage.memories import IN_MAX, Deleted, Memory, lock_version, read_version, set_version
 from service.storage.tables import memories, patterns
 from service.storage.writer import Writer
@@ -104,6 +105,7 @@ class Selection:
                 for start in range(0, len(keys), IN_MAX):
                     connection.execute(delete(memories).where(_c.key.in_(keys[start : start + IN_MAX])))
                 set_version(connection, collection_id, version + 1)
+                note_deleted(connection, collection_id, version + 1, [row.id for row in rows])
                 return Deleted(version + 1, [row.id for row in rows]), keys[-1]
 
             deleted, after = self._writer.submit(run, lambda done: then(done[0]) if done[0].ids else None)

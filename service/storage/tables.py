@@ -76,6 +76,8 @@ collections = Table(
     Column("version", Number, nullable=False),  # the number of its last write
     Column("created_at", Time, nullable=False),
     Column("generation", Integer, nullable=False, server_default="0"),  # how often an encoder of it has changed
+    Column("revision", Number, nullable=False, server_default="0"),  # how often what was learned of it has changed
+    Column("deletions_from", Number, nullable=False, server_default="0"),  # `deletions` are complete above this version
     UniqueConstraint("name", name="uq_collections_name"),
     sqlite_autoincrement=True,
 )
@@ -85,6 +87,27 @@ name_versions = Table(  # where the sequence of a deleted collection's name stop
     metadata,
     Column("name", Text, primary_key=True),
     Column("version", Number, nullable=False),
+)
+
+deletions = Table(  # what other servers have to forget (see `following`)
+    "deletions",
+    metadata,
+    Column(
+        "collection_id",
+        ForeignKey("collections.id", name="fk_deletions_collection", ondelete="CASCADE"),
+        nullable=False,
+    ),
+    Column("version", Number, nullable=False),
+    Column("id", Text, nullable=False),
+    Column("deleted_at", Time, nullable=False),
+    PrimaryKeyConstraint("collection_id", "version", "id", name="pk_deletions"),
+)
+
+facts = Table(  # of the database as a whole: `originals` names the folder or store that its originals are in
+    "facts",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("value", Text, nullable=False),
 )
 
 memories = Table(
@@ -105,6 +128,7 @@ memories = Table(
     UniqueConstraint("collection_id", "id", name="uq_memories_id"),
     Index("ix_memories_order", "collection_id", "key"),  # a bank loads a collection in the order of its keys
     Index("ix_memories_blob", "blob_hash"),
+    Index("ix_memories_version", "collection_id", "version"),  # what was written since
     sqlite_autoincrement=True,
 )
 

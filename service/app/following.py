@@ -1,0 +1,97 @@
+"""Following other servers: what they commit to a shared database is brought to the banks here.
+
+Strategy: one look at all collections' heads tells what has moved. Of memories the rows written since are read; of what
+was learned, kernels and records; under other encoders a collection is loaded anew, beside the one that answers.
+
+Rules:
+- It looks every `POLL_S`, and at once where somebody waits: for a version, for a name or a job that is not known here.
+- A commit of this server that comes after another's is brought after it: `LiveCollection.follow` sees the gap, and the
+  rows of both are read.
+- A collection that cannot be loaded is tried again at each change of it.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import structlog
+
+from service.app import collections
+from service.app.resources import Resources
+from service.errors import CollectionNotFound, EngramError
+from service.storage.following import Head
+
+log = structlog.get_logger()
+
+POLL_S = 1.0
+"""How late what another server wrote may be seen by who does not ask for its version."""
+
+
+class Follower:
+    def __init__(self, resources: Resources) -> None:
+        self._resources = resources
+        self._syncing = threading.Lock()
+        self._failed: dict[int, Head] = {}  # could not be loaded as they stood then
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="follow", daemon=True)
+
+    def start(self) -> None:
+        self._resources.look = self.sync
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._resources.look = lambda: None
+        self._stopping.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def sync(self) -> None:
+        """Bring everything to where the database stands now, or later. Raises `StorageUnavailable`, `TooBusy`."""
+        with self._syncing:
+            heads = self._resources.repository.heads()
+            standing = {head.id for head in heads}
+            for live in self._resources.all_lives():
+                if live.id not in standing:
+                    self._resources.remove(live)
+            names = {head.name for head in heads}
+            for name in self._resources.broken.keys() - names:
+                self._resources.broken.pop(name, None)
+            for head in heads:
+                self._follow(head)
+            self._resources.hear_of_ended()
+
+    def _follow(self, head: Head) -> None:
+        live = self._resources.find(head.id)
+        if live is None or live.generation < head.generation:
+            if self._failed.get(head.id) != head:
+                self._load(head)
+            return
+        if live.generation > head.generation:  # this server has changed it since the heads were read
+            return
+        if live.bank.version < head.version:
+            live.catch_up()
+        if live.revision < head.revision and not collections.relearn(self._resources, live):
+            self._load(head)
+
+    def _load(self, head: Head) -> None:
+        try:
+            live = collections.load(self._resources, self._resources.repository.get_collection(head.name))
+        except CollectionNotFound:
+            return
+        except EngramError as error:
+            log.error("a collection could not be loaded", collection=head.name, detail=error.detail)
+            self._resources.broken[head.name] = error
+            self._failed[head.id] = head
+            return
+        self._failed.pop(head.id, None)
+        self._resources.broken.pop(head.name, None)
+        self._resources.succeed(live)
+
+    def _work(self) -> None:
+        while not self._stopping.wait(POLL_S):
+            try:
+                self.sync()
+            except EngramError as error:
+                log.warning("other servers' writes are not seen", detail=error.detail)
+            except Exception:
+                log.exception("other servers' writes are not seen")
