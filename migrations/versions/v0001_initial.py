@@ -105,3 +105,8 @@ def upgrade() -> None:
     op.create_index("ix_job_items_blob", "job_items", ["blob_hash"])
     if op.get_bind().dialect.name == "postgresql":  # floats hardly compress: trying to costs more than it saves
         op.execute("ALTER TABLE patterns ALTER COLUMN vector SET STORAGE EXTERNAL")
+
+
+def downgrade() -> None:
+    for table in ("job_items", "jobs", "gates", "patterns", "memories", "name_versions", "collections"):
+        op.drop_table(table)

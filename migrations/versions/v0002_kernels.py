@@ -35,3 +35,7 @@ def upgrade() -> None:
         ),
         sqlite_autoincrement=True,
     )
+
+
+def downgrade() -> None:
+    op.drop_table("kernels")

@@ -146,8 +146,8 @@ class Engine:
             self._opened = opened.pop_all()
 
     def load(self, warm: bool = False) -> None:
-        """Load every collection, and follow what other servers write from then on. One that cannot be loaded answers its
-        own requests with why; the others are not held up. One whose encoder has changed is loaded, and refuses what
+        """Load every collection, and follow what other servers write from then on. One that cannot be loaded answers
+        its own requests with why; the others are not held up. One whose encoder has changed is loaded, and refuses what
         needs it.
 
         `warm`: run every encoder once, so that no caller waits for what its first run takes besides. Stops half way

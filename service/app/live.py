@@ -154,8 +154,8 @@ class LiveCollection:
         self.calibration_job: str | None = None  # a calibration that has not looked at the bank yet
 
     def follow(self, rows: Rows | None, deletes: Sequence[str], version: int) -> None:
-        """Bring a commit to the bank. Called by storage in the order of the commits; what other servers have committed
-        before it is brought as well.
+        """Bring a commit, which took this version, to the bank. Called by storage in the order of the commits; what
+        other servers have committed before it is brought as well.
         """
         with self.following:
             if version == self.bank.version + 1 or self.read_log is None:
@@ -218,6 +218,8 @@ class LiveCollection:
 
     def without_kernel(self, space: str, retired: Retired) -> None:
         """A space goes on without its kernel; what was calibrated under it is forgotten. Called by storage."""
+        if retired.revision == self.revision:  # another server was first
+            return
         before = self.learned
         kernels = {name: kernel for name, kernel in before.kernels.items() if name != space}
         routes = {name: route for name, route in before.routes.items() if route.holds(kernels)}

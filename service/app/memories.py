@@ -81,7 +81,12 @@ def _follow(resources: Resources, live: LiveCollection) -> Callable[[Deleted], N
     then.
     """
     live.wait_writable()
-    return lambda deleted: resources.live_by_id(live.id).follow(None, deleted.ids, deleted.version)
+
+    def then(deleted: Deleted) -> None:
+        if deleted.ids:  # else it took no version
+            resources.live_by_id(live.id).follow(None, deleted.ids, deleted.version)
+
+    return then
 
 
 def _deleted(deleted: Deleted) -> DeleteReply:

@@ -69,7 +69,8 @@ class Following:
         """
 
         def run(connection: Connection) -> tuple[str, str]:
-            kept: dict[str, str] = {name: value for name, value in connection.execute(select(facts))}
+            kept: dict[str, str] = {}
+            kept.update((row.name, row.value) for row in connection.execute(select(facts)))
             if "originals" not in kept:
                 kept = {"originals": blobs.identity() or uuid.uuid4().hex, "originals_at": place}
                 connection.execute(insert(facts), [{"name": name, "value": value} for name, value in kept.items()])
@@ -114,4 +115,4 @@ def revise(connection: Connection, collection_id: int) -> int:
     """Let other servers know that what was learned of a collection, or its configuration, changes; its revision."""
     row = update(collections).where(collections.c.id == collection_id)
     revised = row.values(revision=collections.c.revision + 1).returning(collections.c.revision)
-    return connection.execute(revised).scalar_one()
+    return int(connection.execute(revised).scalar_one())

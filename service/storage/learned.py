@@ -232,7 +232,8 @@ def _replace_gates(connection: Connection, collection_id: int, records: Mapping[
 
 def _revision(connection: Connection, collection_id: int) -> int:
     """To be asked under the collection's lock."""
-    return connection.execute(select(collections.c.revision).where(collections.c.id == collection_id)).scalar_one()
+    query = select(collections.c.revision).where(collections.c.id == collection_id)
+    return int(connection.execute(query).scalar_one())
 
 
 def _check_revision(revision: int, at: int | None) -> None:

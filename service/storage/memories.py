@@ -278,7 +278,8 @@ class Memories:
 
         `spaces` gives (name, dimension) of the blocks wanted; a stored block of another dimension is a `ValueError`.
         `ids`: of the memories wanted, `IN_MAX` at most (None: all). `since`: only those written after that version. The
-        blocks of the space `drafted` are a job's drafts. The stream is valid inside the block alone. Raises `CollectionNotFound`.
+        blocks of the space `drafted` are a job's drafts. The stream is valid inside the block alone. Raises
+        `CollectionNotFound`.
         """
         blocks: list[Any] = []
         joined: Any = memories
@@ -290,7 +291,7 @@ class Memories:
                 block = patterns.alias()
                 joined = joined.outerjoin(block, (block.c.memory_key == memories.c.key) & (block.c.space == space))
             blocks.append(block)
-        wanted = [] if ids is None else [memories.c.id.in_(ids)]
+        wanted: list[ColumnElement[bool]] = [] if ids is None else [memories.c.id.in_(ids)]
         wanted += [] if since is None else [memories.c.version > since]
         rows = (
             select(memories.c.id, type_coerce(memories.c.payload, LargeBinary), *(block.c.vector for block in blocks))

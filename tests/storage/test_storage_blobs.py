@@ -82,9 +82,11 @@ def test_missing_blob(tmp_path):
 
 def test_files_that_a_crash_left_half_written_are_removed_at_open(tmp_path):
     kept = Blobs(tmp_path).put(b"kept")
-    (tmp_path / "tmp" / "half").write_bytes(b"ha")
+    for name in ("half", "of another process"):
+        (tmp_path / "tmp" / name).write_bytes(b"ha")
+    os.utime(tmp_path / "tmp" / "half", (0, 0))
     blobs = Blobs(tmp_path)
-    assert [path.name for path in files(blobs)] == [kept]
+    assert sorted(path.name for path in files(blobs)) == sorted([kept, "of another process"])
 
 
 def test_only_old_unreferenced_blobs_are_removed(tmp_path):

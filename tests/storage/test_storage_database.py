@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from shutil import copy
@@ -16,7 +16,7 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, RootTransaction, Row, create_engine, insert, inspect, select, text
 from sqlalchemy.exc import IntegrityError
 
-from service.errors import DatabaseInUse, InvalidSettings, StorageUnavailable, TooBusy
+from service.errors import InvalidSettings, StorageUnavailable, TooBusy
 from service.storage.database import MIGRATIONS, READERS_MAX, Database
 from service.storage.tables import metadata, name_versions
 
@@ -103,28 +103,44 @@ def test_a_database_of_each_earlier_schema_is_upgraded_in_place(tmp_path, monkey
         upgraded.close()
 
 
-def test_the_newest_schema_can_be_taken_back(tmp_path, monkeypatch):
-    """What version 3 added goes, and the rest stays as version 2 had it."""
-    scripts = tmp_path / "migrations"
-    (scripts / "versions").mkdir(parents=True)
-    for path in [MIGRATIONS / "env.py", *sorted((MIGRATIONS / "versions").glob("v000[12]*.py"))]:
-        copy(path, scripts / path.relative_to(MIGRATIONS))
-    with monkeypatch.context() as earlier:
-        earlier.setattr("service.storage.database.MIGRATIONS", scripts)
-        former = Database.open(tmp_path / "former.db")
-    newest = Database.open(tmp_path / "newest.db")
-    with newest.write() as connection:
-        connection.execute(text("PRAGMA defer_foreign_keys = ON"))
-        before = _filled(connection, "collections")[0]
-        config = alembic.config.Config()
-        config.set_main_option("script_location", str(MIGRATIONS))
-        config.attributes["connection"] = connection
-        alembic.command.downgrade(config, "0002")
-    with newest.read() as taken_back, former.read() as expected:
-        assert described(taken_back) == described(expected)
-        assert taken_back.execute(text("SELECT * FROM collections")).all() == [before[:-1]]
-    newest.close()
-    former.close()
+def test_each_schema_can_be_taken_back_to_each_earlier_one(tmp_path, monkeypatch):
+    """What later versions added goes, and the rest stays as it was."""
+    versions = sorted((MIGRATIONS / "versions").glob("v*.py"))
+    for kept in range(1, len(versions)):
+        scripts = tmp_path / f"migrations{kept}"
+        (scripts / "versions").mkdir(parents=True)
+        for path in [MIGRATIONS / "env.py", *versions[:kept]]:
+            copy(path, scripts / path.relative_to(MIGRATIONS))
+        with monkeypatch.context() as earlier:
+            earlier.setattr("service.storage.database.MIGRATIONS", scripts)
+            former = Database.open(tmp_path / f"former{kept}.db")
+        newest = Database.open(tmp_path / f"newest{kept}.db")
+        with newest.write() as connection:
+            connection.execute(text("PRAGMA defer_foreign_keys = ON"))
+            (before,) = _filled(connection, "collections")
+            downgrade(connection, f"{kept:04}")
+        with newest.read() as taken_back, former.read() as expected:
+            assert described(taken_back) == described(expected)
+            (after,) = taken_back.execute(text("SELECT * FROM collections")).all()
+            assert after == before[: len(after)]
+        newest.close()
+        former.close()
+
+
+def test_all_schemas_can_be_taken_back_and_made_again(database):
+    with database.write() as connection:
+        downgrade(connection, "base")
+        assert set(inspect(connection).get_table_names()) == {"alembic_version"}
+    database._migrate()
+    with database.read() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+
+
+def downgrade(connection: Connection, revision: str) -> None:
+    config = alembic.config.Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.attributes["connection"] = connection
+    alembic.command.downgrade(config, revision)
 
 
 ROW: dict[str, Any] = {"dtype": "f4", "dimension": 1, "vector": b"\0" * 4, "status": "queued"}
@@ -248,28 +264,14 @@ def test_more_readers_than_connections_are_told(database):
         assert names(connection) == []
 
 
-@postgres_only
-def test_a_second_engine_on_one_database_is_refused(database, tmp_path, new_database):
-    with pytest.raises(DatabaseInUse):
-        Database.open(new_database(tmp_path))
-    database.close()
-    Database.open(new_database(tmp_path)).close()
-
-
-@postgres_only
-def test_an_engine_waits_for_the_one_before_it(database, tmp_path, new_database):
-    leaving = threading.Timer(0.5, database.close)
-    leaving.start()
-    Database.open(new_database(tmp_path)).close()
-    leaving.join()
-
-
-@postgres_only
-def test_a_closed_engine_leaves_the_database_free_at_once(database, tmp_path, new_database, monkeypatch):
-    monkeypatch.setattr("service.storage.postgres.HELD_WAIT_S", 0.0)
-    database.close()
-    for _ in range(50):
-        Database.open(new_database(tmp_path)).close()
+def test_servers_that_start_together_make_one_schema(tmp_path, new_database):
+    place = new_database(tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        opened = list(pool.map(Database.open, [place] * 4))
+    for each in opened:
+        with each.read() as connection:
+            assert names(connection) == []
+        each.close()
 
 
 @pytest.mark.parametrize(

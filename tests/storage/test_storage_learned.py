@@ -66,7 +66,7 @@ def test_of_a_dropped_kernel_the_record_stays(repository, collection):
     assert (kept.status, kept.rows, kept.dimension, kept.weight) == ("dropped", 2, 3, None)
     assert kept.record == {"beaten by": "cosine"}
     assert repository.get_kernel_weight(collection.id, "image", 1) is None
-    assert repository.retire_kernel(collection.id, "image") == 0
+    assert repository.retire_kernel(collection.id, "image").version == 0
 
 
 def test_gates_are_replaced_with_the_kernel_or_not_at_all(repository, collection):
@@ -115,8 +115,9 @@ def test_kernels_against_a_model(shared, moves):
                 ours[active[0]] = "retired"
             version += move == "activate" or (move == "retire" and bool(active))
             if move == "retire":
-                assert repository.retire_kernel(collection.id, space, then=followed.append) == version
-                expected_follow.append(version)
+                retired = repository.retire_kernel(collection.id, space, then=followed.append)
+                assert retired.version == version
+                expected_follow.append(retired)
                 continue
             put = repository.put_kernel(
                 collection.id, space, "cue", W + turn, {"turn": turn}, move == "activate", then=followed.append

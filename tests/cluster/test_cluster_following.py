@@ -1,0 +1,202 @@
+"""Two engines on one PostgreSQL database: what one commits, the other answers by."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from service.app.engine import Engine
+from service.app.memory_schemas import DeleteRequest
+from service.app.reencode_schemas import ReencodeRequest
+from service.app.schemas import CollectionConfig, RecallRequest, StoreRequest, TrainRequest
+from service.errors import CollectionExists, CollectionNotFound, OriginalsElsewhere
+from service.settings import Settings
+from workers.loop import running
+
+D = 8
+RNG = np.random.default_rng(5)
+ROWS = RNG.standard_normal((120, D)).astype(np.float32)
+WAIT_S = 20.0
+
+Open = Callable[..., Engine]
+
+
+@pytest.fixture
+def opened(postgres_schema: Callable[[], str], tmp_path: Path) -> Iterator[Open]:
+    """Opens engines on one database, each on its own folder, with one folder of originals."""
+    url = postgres_schema()
+    with ExitStack() as stack:
+
+        def open_engine(name: str, *, jobs: bool = True, originals: Path | None = tmp_path / "originals") -> Engine:
+            settings = Settings(data=tmp_path / name, database_url=url, originals=originals, jobs=jobs)
+            engine = stack.enter_context(Engine(settings))
+            stack.enter_context(running(engine))
+            return engine
+
+        yield open_engine
+
+
+def create(engine: Engine, name: str = "c", **config: Any) -> None:
+    engine.create_collection(name, CollectionConfig.model_validate(config or {"spaces": {"v": {"dimension": D}}}))
+
+
+def store(engine: Engine, rows: dict[str, int], name: str = "c") -> int:
+    memories = [{"id": id_, "vectors": {"v": ROWS[at].tolist()}, "payload": {"at": at}} for id_, at in rows.items()]
+    reply = engine.store(name, StoreRequest.model_validate({"memories": memories}))
+    assert reply.version is not None
+    return reply.version
+
+
+def found(engine: Engine, at: int, name: str = "c", **options: Any) -> tuple[int, list[str]]:
+    cue = {"cue": {"vectors": {"v": ROWS[at].tolist()}}, "gate": False, "limit": 3}
+    reply = engine.recall(name, RecallRequest.model_validate(cue | options))
+    return reply["version"], [match["id"] for match in reply["results"][0]["matches"]]
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def at_version(engine: Engine, version: int, name: str = "c") -> None:
+    until(lambda: engine.collection(name).version >= version)
+
+
+def test_what_one_stores_replaces_and_deletes_the_other_recalls(opened: Open) -> None:
+    one, other = opened("one"), opened("other")
+    create(one)
+    at_version(other, store(one, {"a": 0, "b": 1}))
+    assert found(other, 0)[1][0] == "a"
+    at_version(one, store(other, {"a": 2, "c": 3}))
+    assert found(one, 2)[1][0] == "a"
+    assert found(one, 2)[0] == 2
+    deleted = other.delete("c", DeleteRequest(ids=["a", "b"]))
+    at_version(one, deleted.version)
+    assert found(one, 0)[1] == ["c"]
+    other.delete_collection("c")
+    until(lambda: not one.collections().collections)
+    with pytest.raises(CollectionNotFound):
+        one.collection("c")
+
+
+def test_a_collection_is_known_to_the_other_at_once(opened: Open) -> None:
+    one, other = opened("one"), opened("other")
+    create(one)
+    assert other.collection("c").count == 0
+    with pytest.raises(CollectionExists):
+        create(other)
+
+
+def test_writes_of_both_at_once_make_the_same_banks(opened: Open) -> None:
+    """Each id is written by one server alone, so that what must be there at the end is known."""
+    engines = [opened("one"), opened("other")]
+    create(engines[0])
+    expected: dict[str, int] = {}
+
+    def write(engine: Engine, number: int) -> None:
+        rng = np.random.default_rng(number)
+        for _ in range(40):
+            rows = {f"{number}-{rng.integers(30)}": int(rng.integers(len(ROWS))) for _ in range(4)}
+            store(engine, rows)
+            expected.update(rows)
+            gone = [f"{number}-{rng.integers(30)}"]
+            engine.delete_memories("c", gone)
+            expected.pop(gone[0], None)
+
+    threads = [threading.Thread(target=write, args=(engine, n)) for n, engine in enumerate(engines)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    version = max(engine.collection("c").version for engine in engines)
+    for engine in engines:
+        at_version(engine, version)
+        view = engine.resources.live("c").bank.view()
+        assert sorted(view.all_ids()) == sorted(expected)
+        for id_, at in expected.items():
+            others = [other for other in expected if other != id_]
+            cue = {"cue": {"vectors": {"v": ROWS[at].tolist()}}, "gate": False, "exclude": others}
+            reply = engine.recall("c", RecallRequest.model_validate(cue))
+            (match,) = reply["results"][0]["matches"]
+            assert (match["id"], match["payload"]) == (id_, {"at": at})
+            assert match["similarity"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_server_that_was_away_longer_than_deletions_are_kept_catches_up(opened: Open) -> None:
+    one = opened("one")
+    other = opened("other")
+    create(one)
+    at_version(other, store(one, {"a": 0, "b": 1}))
+    other._follower.stop()
+    one.delete_memories("c", ["a"])
+    version = store(one, {"d": 4})
+    one.repository.forget_deletions(older_than_s=-1)
+    other.resources.live("c").catch_up()
+    assert found(other, 0)[0] == version
+    assert sorted(found(other, 0)[1]) == ["b", "d"]
+
+
+def test_what_one_calibrates_the_other_judges_by(opened: Open) -> None:
+    one, other = opened("one"), opened("other", jobs=False)
+    create(one)
+    store(other, {str(i): i for i in range(len(ROWS))})
+
+    def verdicts(engine: Engine) -> list[Any]:
+        cues = [{"vectors": {"v": vector.tolist()}} for vector in (ROWS[7], -ROWS[:50].sum(0))]
+        reply = engine.recall("c", RecallRequest.model_validate({"cues": cues}))
+        return [(result["verdict"], result["gate"]) for result in reply["results"]]
+
+    until(lambda: one.collection("c").calibration.state == "current")
+    until(lambda: other.collection("c").calibration.state == "current")
+    assert verdicts(one) == verdicts(other)
+    assert verdicts(other)[0][0] == "known"
+    kernel = TrainRequest.model_validate({"what": "kernel", "time_limit_s": 1})
+    operation = other.train("c", kernel)
+    until(lambda: other.operation(operation.id).status not in ("queued", "running"))
+    assert other.operation(operation.id).status == "done", other.operation(operation.id)
+    kept = [each.id for each in one.collection("c").kernels]
+    until(lambda: [each.id for each in other.collection("c").kernels] == kept)
+    assert verdicts(one) == verdicts(other)
+
+
+def test_a_job_that_another_server_does_is_waited_for(opened: Open) -> None:
+    one, other = opened("one"), opened("other", jobs=False)
+    create(one, spaces={"t": {"encoder": "sentence", "source": "text"}})
+    reply = other.store("c", StoreRequest.model_validate({"memories": [{"id": "s", "text": "a cat"}]}))
+    assert [result.status for result in reply.results] == ["stored"]
+    recalled = other.recall("c", RecallRequest.model_validate({"cue": {"text": "a cat"}}))
+    assert recalled["results"][0]["matches"][0]["id"] == "s"
+
+
+def test_an_encoder_that_one_changes_is_the_others_too(opened: Open) -> None:
+    one, other = opened("one"), opened("other")
+    create(one, spaces={"t": {"encoder": "sentence", "source": "text"}})
+    one.store("c", StoreRequest.model_validate({"memories": [{"id": "s", "text": "a cat on a mat"}]}))
+    before = other.collection("c").spaces["t"].fingerprint
+    operation = one.reencode(
+        "c", "t", ReencodeRequest.model_validate({"encoder": "pixel_text", "options": {"encoder": "pixels"}})
+    )
+    until(lambda: one.operation(operation.id).status not in ("queued", "running"))
+    assert one.operation(operation.id).status == "done", one.operation(operation.id)
+    reply = other.store("c", StoreRequest.model_validate({"memories": [{"id": "r", "text": "a dog"}]}))
+    assert [result.status for result in reply.results] == ["stored"]
+    until(lambda: other.collection("c").spaces["t"].fingerprint != before)
+    at_version(one, reply.version or 0)
+    for engine in (one, other):
+        recalled = engine.recall("c", RecallRequest.model_validate({"cue": {"text": "a dog"}, "gate": False}))
+        assert recalled["results"][0]["matches"][0]["id"] == "r"
+
+
+def test_a_server_with_originals_of_its_own_is_refused(opened: Open, tmp_path: Path) -> None:
+    opened("one")
+    with pytest.raises(OriginalsElsewhere, match="ENGRAM_ORIGINALS"):
+        opened("other", originals=None)
