@@ -158,14 +158,14 @@ async def create_collection(
 
 
 @v1.get("/collections", tags=["collections"])
-async def list_collections(engine: Engine_) -> CollectionList:
-    return engine.collections()
+async def list_collections(engine: Engine_, pool: Pool_) -> CollectionList:
+    return await pool.run(engine.collections)
 
 
 @v1.get("/collections/{collection}", tags=["collections"])
-async def get_collection(collection: CollectionName, engine: Engine_) -> CollectionInfo:
+async def get_collection(collection: CollectionName, engine: Engine_, pool: Pool_) -> CollectionInfo:
     """What the collection is: its spaces with their encoders, its calibration, its size."""
-    return engine.collection(collection)
+    return await pool.run(engine.collection, collection)
 
 
 @v1.get("/collections/{collection}/diagnostics", tags=["collections"])

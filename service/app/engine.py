@@ -211,8 +211,13 @@ class Engine:
     def collection(self, name: str) -> CollectionInfo:
         return collections.info(self.resources.live(name))
 
+    def knows(self, name: str) -> bool:
+        """Whether a collection answers here at once; another server may have made it a moment ago."""
+        return name in self.resources.lives
+
     def collections(self) -> CollectionList:
         """Those that the caller may read."""
+        self.resources.look()
         caller = CALLER.get()
         found = [live for live in list(self.resources.lives.values()) if caller.may_read(live.name)]
         lives = sorted(found, key=lambda live: live.name)

@@ -44,7 +44,7 @@ class Pool:
 
 async def recall(engine: Engine, pool: Pool, collection: str, request: RecallRequest) -> RecallReply:
     cue = request.cue
-    if cue is not None and cue.image is None and cue.text is None:
+    if cue is not None and engine.knows(collection) and not {"image", "text", "id"} & cue.model_fields_set:
         prepared = engine.prepare(collection, request)  # vectors need no encoding: a thread would cost more
     else:
         prepared = await pool.run(engine.prepare, collection, request)
