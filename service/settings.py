@@ -53,6 +53,10 @@ class Settings(BaseModel):
     database_url: SecretStr | None = Field(
         default=None, description="postgresql://user:password@host/name; absent: SQLite in the data folder"
     )
+    redis_url: SecretStr | None = Field(
+        default=None,
+        description="redis://host:6379, by which servers of one database hear of writes at once; absent: each second",
+    )
     originals: Path | None = Field(
         default=None,
         description="the folder of originals, one for all servers of a database; absent: blobs, in the data folder",

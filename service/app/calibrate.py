@@ -339,6 +339,7 @@ def run_calibrate_job(resources: Resources, job: Job, beat: Callable[[float], No
                 resources.look()
                 continue
             calibration.learned(live, kernels)
+            live.tell()
             break
     for modality in supplied.negatives.keys() - calibration.gates.keys():
         detail = f"the negatives that fill {modality} are not used: no known cue fills it"

@@ -154,6 +154,7 @@ def delete(resources: Resources, name: str) -> None:
     resources.broken.pop(name, None)
     if live is not None:
         resources.remove(live)
+    resources.tell(False)
 
 
 def info(live: LiveCollection) -> CollectionInfo:

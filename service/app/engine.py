@@ -47,6 +47,7 @@ from service.app.memory_schemas import (
     ScrollReply,
     ScrollRequest,
 )
+from service.app.notices import Notices
 from service.app.recall import Recalled, empty_result, recall_blocks
 from service.app.recall_options import Resolved, check_size, resolve
 from service.app.recall_schemas import RecallReply, Timings
@@ -123,7 +124,7 @@ class Engine:
             self.blobs = Blobs(settings.originals or self.folder.blobs_path)
             if self.repository.is_shared:
                 place = f"{socket.gethostname()}:{(settings.originals or self.folder.blobs_path).absolute()}"
-                self.repository.share_originals(self.blobs, place)
+                identity = self.repository.share_originals(self.blobs, place)
             device = check_device(settings.encoder_device)
             make_encoder = partial(registry.make, threads=settings.threads, device=device)
             self.resources = Resources(settings, self.repository, self.blobs, make_encoder)
@@ -135,6 +136,11 @@ class Engine:
             self.admission = Admission(self.keys, limiter, self.resources.metrics)
             self._follower = Follower(self.resources)
             opened.callback(self._follower.stop)
+            if self.repository.is_shared and settings.redis_url is not None:
+                address = settings.redis_url.get_secret_value()
+                notices = Notices(address, f"engram:{identity}", self._follower.wake)
+                opened.callback(notices.close)
+                self.resources.tell = notices.tell
             self.loading: str | None = "opening the data folder"  # what is still done before it is ready
             self._closing = False
             if load:

@@ -4,7 +4,8 @@ Strategy: one look at all collections' heads tells what has moved. Of memories t
 was learned, kernels and records; under other encoders a collection is loaded anew, beside the one that answers.
 
 Rules:
-- It looks every `POLL_S`, and at once where somebody waits: for a version, for a name or a job that is not known here.
+- It looks every `POLL_S`, at once where somebody waits (for a version, for a name or a job that is not known here), and
+  when told of a commit (see `notices`).
 - A commit of this server that comes after another's is brought after it: `LiveCollection.follow` sees the gap, and the
   rows of both are read.
 - A collection that cannot be loaded is tried again at each change of it.
@@ -27,21 +28,33 @@ POLL_S = 1.0
 """How late what another server wrote may be seen by who does not ask for its version."""
 
 
+PAUSE_S = 0.005
+"""Between two looks: many commits a second are seen together."""
+
+
 class Follower:
     def __init__(self, resources: Resources) -> None:
         self._resources = resources
         self._syncing = threading.Lock()
         self._failed: dict[int, Head] = {}  # could not be loaded as they stood then
         self._stopping = threading.Event()
+        self._told = threading.Event()
         self._thread = threading.Thread(target=self._work, name="follow", daemon=True)
 
     def start(self) -> None:
         self._resources.look = self.sync
         self._thread.start()
 
+    def wake(self, of_job: bool) -> None:
+        """Look at once; where a job was queued, let workers look as well."""
+        self._told.set()
+        if of_job:
+            self._resources.wake_workers()
+
     def stop(self) -> None:
         self._resources.look = lambda: None
         self._stopping.set()
+        self._told.set()
         if self._thread.ident is not None:
             self._thread.join()
 
@@ -88,10 +101,13 @@ class Follower:
         self._resources.succeed(live)
 
     def _work(self) -> None:
-        while not self._stopping.wait(POLL_S):
+        while not self._stopping.is_set():
+            self._told.wait(POLL_S)
+            self._told.clear()
             try:
                 self.sync()
             except EngramError as error:
                 log.warning("other servers' writes are not seen", detail=error.detail)
             except Exception:
                 log.exception("other servers' writes are not seen")
+            self._stopping.wait(PAUSE_S)

@@ -147,6 +147,7 @@ class LiveCollection:
         self.revision = row.revision  # of what was learned, as the database counts it
         self.changed: Changed | None = None  # where a re-encoding follows
         self.following = threading.RLock()  # held while a commit, or several, are brought to the bank
+        self.tell: Callable[[], None] = lambda: None  # other servers, that there is something to follow
         self.read_log: Callable[[], None] | None = None  # brings what others have committed; None: nobody else commits
         self.writable = threading.Event()  # cleared for the moment in which a re-encoding catches up for good
         self.writable.set()
@@ -162,6 +163,7 @@ class LiveCollection:
                 self.bring(rows, deletes, version)
             else:
                 self.catch_up(version)
+        self.tell()
 
     def catch_up(self, version: int | None = None) -> None:
         """Bring what is committed, unless the bank has reached `version` already."""

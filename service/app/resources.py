@@ -53,6 +53,7 @@ class Resources:
         self._waiting: dict[str, _Waiting] = {}
         self._work = threading.Condition()
         self.look: Callable[[], None] = lambda: None  # at what other servers have written, now (see `following`)
+        self.tell: Callable[[bool], None] = lambda of_job: None  # other servers of a commit, or a job (see `notices`)
         self._enqueued = 0  # jobs so far: who looked for one sees whether another has come since
         self._calibrating = threading.RLock()  # `enqueue` may itself find the job ended
         self._sealer = ThreadPoolExecutor(1, thread_name_prefix="seal")
@@ -62,6 +63,8 @@ class Resources:
     def add(self, live: LiveCollection) -> None:
         if self.repository.is_shared:
             live.read_log = partial(self._read_log, live)
+            live.tell = lambda: self.tell(False)
+            self.tell(False)
         self._by_id[live.id] = live
         self.lives[live.name] = live
         self.metrics.memories.labels(live.name).set_function(lambda: live.bank.view().count)
@@ -171,13 +174,18 @@ class Resources:
             self._waiting[job_id] = _Waiting(collection_id, done)
             self._enqueued += 1
             self._work.notify_all()
+        self.tell(True)
         # A worker may have finished it before the future was there to be told.
         if self.repository.get_job(job_id).status not in ("queued", "running"):
             self.ended(job_id)
         return job_id, done
 
     def ended(self, job_id: str) -> None:
-        """Tell whoever waits for a job that it has ended, however it did."""
+        """Tell whoever waits for a job, here or at another server, that it has ended, however it did."""
+        self.tell(False)
+        self._hear(job_id)
+
+    def _hear(self, job_id: str) -> None:
         with self._work:
             waiting = self._waiting.pop(job_id, None)
         if waiting is None:
@@ -191,7 +199,7 @@ class Resources:
     def hear_of_ended(self) -> None:
         """Tell whoever waits for jobs that other servers have ended."""
         for job_id in self.repository.ended(list(self._waiting)):
-            self.ended(job_id)
+            self._hear(job_id)
 
     @property
     def enqueued(self) -> int:

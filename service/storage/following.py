@@ -63,9 +63,9 @@ class Following:
             alive = select(jobs.c.id).where(jobs.c.id.in_(list(job_ids)), jobs.c.status.not_in(ENDED))
             return set(job_ids).difference(connection.execute(alive).scalars())
 
-    def share_originals(self, blobs: Blobs, place: str) -> None:
+    def share_originals(self, blobs: Blobs, place: str) -> str:
         """Make sure that the originals which `blobs` keeps are those of this database; the first server to ask decides.
-        `place` is how an operator would name them. Raises `OriginalsElsewhere`.
+        `place` is how an operator would name them. Returns what names the database. Raises `OriginalsElsewhere`.
         """
 
         def run(connection: Connection) -> tuple[str, str]:
@@ -83,6 +83,7 @@ class Following:
                 f"this database's originals are in another folder (at first {where}), and {place} is not it: set "
                 "ENGRAM_ORIGINALS to a folder that all its servers see"
             )
+        return theirs
 
     def forget_deletions(self, older_than_s: float = KEPT_S) -> None:
         """Shorten the log of deletions."""
