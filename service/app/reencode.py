@@ -285,6 +285,7 @@ class _Reencoding:
         def then(swapped: Swapped | None) -> None:
             if swapped is not None:
                 successor.described = live.described
+                successor.revision = swapped.revision
                 successor.bank.write(None, swapped.deleted, swapped.version)
                 self._resources.replace(successor)
 

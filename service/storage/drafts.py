@@ -15,7 +15,7 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from sqlalchemy import Connection, bindparam, delete, exists, func, insert, lite
 
 from service.errors import Conflict
 from service.storage.database import Database
+from service.storage.following import revise
 from service.storage.jobs import ENDED, end_job
 from service.storage.memories import Drafted, Vector, lock
 from service.storage.tables import collections, gates, jobs, kernels, memories, pattern_drafts, patterns
@@ -64,12 +65,13 @@ class Lost:
 
 @dataclass(frozen=True)
 class Swapped:
-    """The collection's version after, how many memories have the space, and those that were deleted since nothing was
-    left of them."""
+    """The collection's version after, how many memories have the space, those that were deleted since nothing was left
+    of them, and the collection's revision after."""
 
     version: int
     memories: int
     deleted: list[str]
+    revision: int = field(default=0, compare=False)
 
 
 _d = pattern_drafts.c
@@ -221,14 +223,13 @@ class Drafts:
             connection.execute(
                 update(collections)
                 .where(collections.c.id == collection_id)
-                .values(
-                    version=version + 1, generation=generation + 1, config=config, revision=collections.c.revision + 1
-                )
+                .values(version=version + 1, generation=generation + 1, config=config)
             )
+            revision = revise(connection, collection_id)
             outcome = {**result, "version": version + 1, "memories": made, "deleted": len(deleted)}
             if not end_job(connection, drafted.job_id, "done", progress=1.0, result=outcome):
                 raise Conflict(f"The operation {drafted.job_id} no longer runs.")
-            return Swapped(version + 1, made, deleted)
+            return Swapped(version + 1, made, deleted, revision)
 
         return self._writer.submit(run, then)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 
 from service.app.engine import Engine
 from service.app.memory_schemas import DeleteRequest
+from service.app.notices import Notices
 from service.app.reencode_schemas import ReencodeRequest
 from service.app.schemas import CollectionConfig, RecallRequest, StoreRequest, TrainRequest
 from service.errors import CollectionExists, CollectionNotFound, OriginalsElsewhere
@@ -23,7 +26,8 @@ from workers.loop import running
 D = 8
 RNG = np.random.default_rng(5)
 ROWS = RNG.standard_normal((120, D)).astype(np.float32)
-WAIT_S = 20.0
+WAIT_S = 60.0  # a loaded machine calibrates slowly
+REDIS = os.environ.get("TEST_REDIS", "redis://127.0.0.1:6379")
 
 Open = Callable[..., Engine]
 
@@ -200,3 +204,31 @@ def test_a_server_with_originals_of_its_own_is_refused(opened: Open, tmp_path: P
     opened("one")
     with pytest.raises(OriginalsElsewhere, match="ENGRAM_ORIGINALS"):
         opened("other", originals=None)
+
+
+def test_notices_are_heard_by_the_others_at_once() -> None:
+    heard = {"one": threading.Event(), "other": threading.Event()}
+    work = threading.Event()
+
+    def hear(of_job: bool) -> None:
+        heard["other"].set()
+        if of_job:
+            work.set()
+
+    channel = f"test:{uuid.uuid4()}"
+    one = Notices(REDIS, channel, lambda of_job: heard["one"].set())
+    other = Notices(REDIS, channel, hear)
+    try:
+        for event in heard.values():  # each looks once when it begins to listen
+            assert event.wait(WAIT_S)
+            event.clear()
+        work.clear()
+        one.tell(False)
+        assert heard["other"].wait(WAIT_S)
+        assert not work.is_set()
+        one.tell(True)
+        assert work.wait(WAIT_S)
+        assert not heard["one"].is_set(), "nobody hears its own"
+    finally:
+        one.close()
+        other.close()
