@@ -2,7 +2,7 @@
 
 Rules:
 - Only `Asking.ask` yields a call. What it may ask again (`options.retries`), it asks again; nothing else does.
-- What is asked again is safe to repeat: what only reads, and a store of memories that all have ids.
+- What is asked again is safe to repeat: what only reads, and what is done once under its key.
 - A collection is read at no version older than its last one seen here, where an operation knows `min_version`.
 """
 
@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import random
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import partial
 from typing import Any, Self, TypeVar
 
@@ -28,6 +30,7 @@ from engram.replies import (
     Recall,
     StoredItem,
     StoreReply,
+    Updated,
 )
 from engram.reports import Diagnostics
 from engram.steps import Call, Content, Join, Pause, Start, Step, Steps, Work
@@ -50,6 +53,7 @@ Item = TypeVar("Item")
 BATCH = 64  # memories a request: an encoder's batch or two, so that progress shows and one request stays short
 BATCH_BYTES_MAX = 24 * 2**20  # pictures in one request: well under what a server accepts by default (64 MiB)
 PAGE = 256  # memories of a scroll's page: some hundred kilobytes of payloads and texts
+KEPT: Any = object()  # what an update leaves as it is; None removes
 POLL_S = 0.2  # between two looks at a calibration, which takes seconds
 UNDER_WAY_MAX = 3  # one that is encoded, one that is decoded, one that is sent; each holds its pictures here and there
 
@@ -95,11 +99,11 @@ class Asking:
         self.options = options
         self.seen = Seen() if seen is None else seen
 
-    def ask(
-        self, operation: str, path: Mapping[str, str], body: Body | None = None, *, repeatable: bool | None = None
-    ) -> Steps[Body]:
-        """Ask for an operation of the table. `repeatable`: whether it is safe to ask again; None: if it only reads."""
+    def ask(self, operation: str, path: Mapping[str, str], body: Body | None = None) -> Steps[Body]:
+        """Ask for an operation of the table; again, where it only reads or is done once under its key."""
         row = OPERATIONS[operation]
+        if row.keyed:
+            body = {"idempotency_key": uuid.uuid4().hex, **(body or {})}
         collection = path.get("collection")
         version = self.seen.versions.get(collection) if collection is not None else None
         knows = row.request is not None and "min_version" in row.request.model_fields
@@ -108,7 +112,7 @@ class Asking:
         # A server's own wait ends with an answer, for which there has to be time.
         timeout_s = self.options.timeout_s + (WAIT_MARGIN_S if body and "timeout_s" in body else 0)
         call = Call(operation, path, body, timeout_s)
-        reply: Body = yield from self.again(call, row.reads if repeatable is None else repeatable)
+        reply: Body = yield from self.again(call, row.reads or row.keyed)
         seen = reply.get("version")
         if collection is not None and isinstance(seen, int):
             self.seen.versions[collection] = max(seen, self.seen.versions.get(collection, 0))
@@ -162,6 +166,9 @@ class Asking:
 
     def operation(self, operation_id: str) -> Steps[Operation]:
         return Operation.of((yield from self.ask("get_operation", {"id": operation_id})))
+
+    def retry(self, operation_id: str) -> Steps[Operation]:
+        return Operation.of((yield from self.ask("retry_operation", {"id": operation_id})))
 
     def cancel(self, operation_id: str) -> Steps[Operation]:
         return Operation.of((yield from self.ask("cancel_operation", {"id": operation_id})))
@@ -231,8 +238,7 @@ class CollectionAsking(Asking):
 
     def _stored(self, memories: list[Body], wait: bool) -> Steps[Body]:
         body: Body = {"memories": memories, "wait": wait, "timeout_s": self.options.timeout_s}
-        named = all(memory.get("id") is not None for memory in memories)
-        return (yield from self.ask("store", {"collection": self.name}, body, repeatable=named))
+        return (yield from self.here("store", body))
 
     def recall(self, cue: Mapping[str, Any], options: Body) -> Steps[Recall]:
         [sent] = yield from _sent_cues([cue])
@@ -278,14 +284,25 @@ class CollectionAsking(Asking):
             operation.check()
         return operation
 
-    def get(self, memory_id: str) -> Steps[Memory]:
-        return Memory.of((yield from self.here("get_memory", id=memory_id)))
+    def update(self, memory_id: str, changes: Mapping[str, Any], options: Body) -> Steps[Updated]:
+        """`changes` that are `KEPT` are none, and None removes."""
+        named = {name: value for name, value in changes.items() if value is not KEPT}
+        vectors = named.pop("vectors", None) or {}
+        gone = [name for name, value in named.items() if value is None]
+        gone += [f"vectors.{space}" for space, vector in vectors.items() if vector is None]
+        body: Body = yield Work(partial(_with_pictures, named))
+        body |= given(vectors=given(**vectors) or None, remove=gone or None)
+        return Updated.of((yield from self.here("patch_memory", body | options, id=memory_id)))
 
-    def get_many(self, ids: Iterable[str]) -> Steps[list[Memory]]:
+    def get(self, memory_id: str, min_version: int | None) -> Steps[Memory]:
+        return Memory.of((yield from self.here("get_memory", given(min_version=min_version), id=memory_id)))
+
+    def get_many(self, ids: Iterable[str], min_version: int | None) -> Steps[list[Memory]]:
         wanted = list(ids)
         found: list[Memory] = []
         for start in range(0, len(wanted), PAGE):
-            reply = yield from self.here("get_memories", {"ids": wanted[start : start + PAGE]})
+            body = given(ids=wanted[start : start + PAGE], min_version=min_version)
+            reply = yield from self.here("get_memories", body)
             found += map(Memory.of, reply["memories"])
         return found
 
@@ -301,12 +318,22 @@ class CollectionAsking(Asking):
         data: bytes = yield from self.again(Content(self.name, memory_id, self.options.timeout_s), True)
         return data
 
-    def delete(self, ids: str | Sequence[str] | None, filter: Mapping[str, Any] | None, dry_run: bool) -> Steps[Any]:
+    def delete(
+        self,
+        ids: str | Sequence[str] | None,
+        filter: Mapping[str, Any] | None,
+        dry_run: bool,
+        if_version: int | None,
+    ) -> Steps[Any]:
+        if if_version is not None:
+            if not isinstance(ids, str) or filter is not None or dry_run:
+                raise InvalidRequest("if_version belongs to the deletion of one memory, by its id")
+            return (yield from self.here("delete_memory", {"if_version": if_version}, id=ids))["deleted"]
         asked = [ids] if isinstance(ids, str) else None if ids is None else list(ids)
         return (yield from self.here("delete_memories", given(ids=asked, filter=filter, dry_run=dry_run)))["deleted"]
 
-    def count(self, filter: Mapping[str, Any] | None) -> Steps[int]:
-        return int((yield from self.here("count", given(filter=filter)))["count"])
+    def count(self, filter: Mapping[str, Any] | None, min_version: int | None) -> Steps[int]:
+        return int((yield from self.here("count", given(filter=filter, min_version=min_version)))["count"])
 
     def info(self) -> Steps[CollectionInfo]:
         return CollectionInfo.of((yield from self.here("get_collection")))
@@ -393,8 +420,10 @@ def _sent_cues(cues: list[Mapping[str, Any]]) -> Steps[list[Body]]:
 
 def _with_pictures(fields: Mapping[str, Any]) -> Body:
     """What is given of a memory or a cue, its pictures read."""
-    return {
-        name: sent_image(value) if name in ("image", "mask") else value
-        for name, value in fields.items()
-        if value is not None
-    }
+    return {name: _sent(name, value) for name, value in fields.items() if value is not None}
+
+
+def _sent(name: str, value: Any) -> Any:
+    if name in ("image", "mask"):
+        return sent_image(value)
+    return value.isoformat() if name == "expires_at" and isinstance(value, datetime) else value

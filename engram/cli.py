@@ -25,11 +25,13 @@ from engram import (
     diagnose,
     encoders_command,
     keys_command,
+    operations,
     recall_command,
     reencode,
     storing,
     training,
     transfer_commands,
+    update,
 )
 from engram.opening import Data
 from service import settings
@@ -86,6 +88,8 @@ browse.register(app)
 training.register(app)
 app.command()(reencode.reencode)
 app.command()(diagnose.diagnose)
+update.register(app)
+operations.register(app)
 
 
 @app.command()

@@ -19,8 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
-from engram.asking import BATCH, PAGE, RETRIES, Asking, CollectionAsking, Options, given
-from engram.replies import ApiKey, CollectionInfo, EncoderInfo, Memory, NewKey, Operation, Recall, StoreReply
+from engram.asking import BATCH, KEPT, PAGE, RETRIES, Asking, CollectionAsking, Options, given
+from engram.replies import ApiKey, CollectionInfo, EncoderInfo, Memory, NewKey, Operation, Recall, StoreReply, Updated
 from engram.reports import Diagnostics
 from engram.steps import Steps, run
 from engram.transfer import (
@@ -70,8 +70,8 @@ class Client(_Caller[Asking]):
     timeout_s: how long an answer is waited for (`TimedOut`); the engine in this process is not cut off.
     retries: how often a call is asked again that was refused for now (429, 503) or whose connection was refused or
     broke; after a pause of growing length, drawn at random, and not before the server's Retry-After; for at most a
-    minute in all. Only what is safe to repeat: reads, and stores of memories that all have ids. A server that never
-    answered this client is not waited for.
+    minute in all. Only what is safe to repeat: reads, and stores and updates, each of which has a key under which it
+    is done once. A server that never answered this client is not waited for.
     read_your_writes: reads ask for the last version of the collection that this client has seen.
     """
 
@@ -116,6 +116,12 @@ class Client(_Caller[Asking]):
 
     def operation(self, operation_id: str) -> Operation:
         return self._do(self._asking.operation(operation_id))
+
+    def retry(self, operation_id: str) -> Operation:
+        """Queue an operation again that failed, died or was cancelled; what it has done stays done. Raises `Conflict`
+        where it did not, or what it had to do is gone.
+        """
+        return self._do(self._asking.retry(operation_id))
 
     def cancel(self, operation_id: str) -> Operation:
         """End an operation that is queued or running; what it has done so far is kept. Raises `Conflict`."""
@@ -174,7 +180,9 @@ class Collection(_Caller[CollectionAsking]):
         wait: bool = True,
         progress: Callable[[int], None] | None = None,
     ) -> StoreReply:
-        """Store memories: `{"id"?, "image"?, "text"?, "vectors"?, "payload"?}`; an id stored again is replaced.
+        """Store memories: `{"id"?, "image"?, "text"?, "vectors"?, "payload"?, "expires_at"?, "if_version"?}`; an id
+        stored again is replaced. `expires_at` is a `datetime` with a zone, or its text; `if_version` the version that
+        the memory must be at (0: there must be none), else its result is the error `precondition_failed`.
 
         Sent in requests of `batch` memories, a few of which are under way at once; `progress` is called with the number
         of memories of each request, in their order, once it is answered. With `wait` a memory is recallable when its
@@ -241,20 +249,47 @@ class Collection(_Caller[CollectionAsking]):
         body = given(encoder=encoder, options=options and dict(options), drop_without_original=drop_without_original)
         return self._do(self._asking.reencode(space, body, wait))
 
-    def get(self, memory_id: str) -> Memory:
-        """Raises `MemoryNotFound`."""
-        return self._do(self._asking.get(memory_id))
+    def update(
+        self,
+        memory_id: str,
+        *,
+        payload: Mapping[str, Any] | None = KEPT,
+        replace_payload: bool = False,
+        text: str | None = KEPT,
+        image: ImageLike | None = KEPT,
+        vectors: Mapping[str, Any] | None = None,
+        expires_at: datetime | str | None = KEPT,
+        if_version: int | None = None,
+    ) -> Updated:
+        """Change a memory in part: what is not named stays, and None removes. Only the spaces that a changed part fills
+        are encoded again.
 
-    def get_many(self, ids: Iterable[str]) -> list[Memory]:
-        """Those of `ids` that exist, in the order asked for."""
-        return self._do(self._asking.get_many(ids))
+        `payload` is merged into what there is, a key's None removing the key (RFC 7396); with `replace_payload` it is
+        all of it. `if_version`: only if the memory is at this version, else `PreconditionFailed`. Raises
+        `MemoryNotFound`.
+        """
+        changes = {"payload": payload, "text": text, "image": image, "vectors": vectors, "expires_at": expires_at}
+        options = given(payload_mode="replace" if replace_payload else None, if_version=if_version)
+        return self._do(self._asking.update(memory_id, changes, options))
 
-    def scroll(self, filter: Mapping[str, Any] | None = None, *, batch: int = PAGE) -> Iterator[Memory]:
+    def get(self, memory_id: str, *, min_version: int | None = None) -> Memory:
+        """Raises `MemoryNotFound`. `min_version`: of what was written up to it at least; `VersionNotReached` where the
+        collection has not come to it.
+        """
+        return self._do(self._asking.get(memory_id, min_version))
+
+    def get_many(self, ids: Iterable[str], *, min_version: int | None = None) -> list[Memory]:
+        """Those of `ids` that exist, in the order asked for. `min_version` as in `get`."""
+        return self._do(self._asking.get_many(ids, min_version))
+
+    def scroll(
+        self, filter: Mapping[str, Any] | None = None, *, batch: int = PAGE, min_version: int | None = None
+    ) -> Iterator[Memory]:
         """Every memory, or those that a filter keeps, in the order in which they were first stored.
 
-        Asked for `batch` at a time, while the iterator is read.
+        Asked for `batch` at a time, while the iterator is read. `min_version` as in `get`.
         """
-        request: Body | None = given(filter=filter, limit=batch)
+        request: Body | None = given(filter=filter, limit=batch, min_version=min_version)
         while request is not None:
             memories, request = self._do(self._asking.page(request))
             yield from memories
@@ -319,17 +354,19 @@ class Collection(_Caller[CollectionAsking]):
         *,
         filter: Mapping[str, Any] | None = None,
         dry_run: bool = False,
+        if_version: int | None = None,
     ) -> list[str]:
         """Forget memories, by their ids or all that a filter keeps; the ids that were there, the first 10,000 of them.
 
-        `dry_run`: say which it would be, and forget nothing.
+        `dry_run`: say which it would be, and forget nothing. `if_version`: of one id, only if its memory is at this
+        version, else `PreconditionFailed`.
         """
-        deleted: list[str] = self._do(self._asking.delete(ids, filter, dry_run))
+        deleted: list[str] = self._do(self._asking.delete(ids, filter, dry_run, if_version))
         return deleted
 
-    def count(self, filter: Mapping[str, Any] | None = None) -> int:
-        """How many memories there are, or a filter keeps."""
-        return self._do(self._asking.count(filter))
+    def count(self, filter: Mapping[str, Any] | None = None, *, min_version: int | None = None) -> int:
+        """How many memories there are, or a filter keeps. `min_version` as in `get`."""
+        return self._do(self._asking.count(filter, min_version))
 
     def info(self) -> CollectionInfo:
         return self._do(self._asking.info())

@@ -128,6 +128,15 @@ class StoreReply:
 
 
 @dataclass(frozen=True)
+class Updated(Reply):
+    """The collection's version at which the memory changed, and what was lost of a picture or text."""
+
+    id: str
+    version: int
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Operation(Reply):
     PARTS: ClassVar[Parts] = {"error": Problem}
 
@@ -260,6 +269,7 @@ class Memory(Reply):
     media_type: str | None
     created_at: str
     updated_at: str
+    expires_at: str | None = None
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,14 @@ class TrainingRefused(InvalidRequest):
     code, title = "training_refused", "The kernel cannot be trained"
 
 
+class IdempotencyKeyReused(InvalidRequest):
+    code, title = "idempotency_key_reused", "The key was used for another request before"
+
+
+class VersionNotReached(InvalidRequest):
+    code, title = "version_not_reached", "The collection has not come to this version"
+
+
 # --- who asks ---------------------------------------------------------------------------------------------------------
 
 
@@ -182,6 +190,10 @@ class OriginalsMissing(Conflict):
 
 class AdminKeyNeeded(Conflict):
     code, title = "admin_key_needed", "Nobody would be left who may make keys"
+
+
+class PreconditionFailed(EngramError):
+    status, code, title = 412, "precondition_failed", "What is stored is not at the version that the request names"
 
 
 class FolderInUse(Conflict):

@@ -26,6 +26,7 @@ from workers.ingest import POLL_S, Ingest
 log = structlog.get_logger()
 
 SEAL_POLL_S = 1.0
+EXPIRE_S = 15.0  # what has expired is not returned, only still held: well within the minute that is promised
 HOUSEKEEPING_S = 3600.0  # what is removed has an hour's grace, so oftener would find nothing
 
 
@@ -91,8 +92,8 @@ class Worker(threading.Thread):
 
 
 class Housekeeper(threading.Thread):
-    """Looks each second whether a bank should be sealed and which keys there are, and each hour after what storage no
-    longer needs.
+    """Looks each second whether a bank should be sealed and which keys there are, four times a minute for what has
+    expired, and each hour after what storage no longer needs.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -101,19 +102,18 @@ class Housekeeper(threading.Thread):
         self._stopping = threading.Event()
 
     def run(self) -> None:
-        tidy_at = 0.0
+        engine = self._engine
+        every_s = {engine.follow_keys: SEAL_POLL_S, engine.expire: EXPIRE_S, engine.housekeep: HOUSEKEEPING_S}
+        due = dict.fromkeys(every_s, 0.0)
         while not self._stopping.wait(SEAL_POLL_S):
-            self._engine.seal()
-            try:
-                self._engine.follow_keys()
-            except EngramError as error:
-                log.warning("the API keys could not be read again", detail=error.detail)
-            if (now := time.monotonic()) >= tidy_at:
-                tidy_at = now + HOUSEKEEPING_S
-                try:
-                    self._engine.housekeep()
-                except EngramError as error:
-                    log.warning("storage could not be tidied", detail=error.detail)
+            engine.seal()
+            for task, at in due.items():
+                if (now := time.monotonic()) >= at:
+                    due[task] = now + every_s[task]
+                    try:
+                        task()
+                    except EngramError as error:
+                        log.warning("housekeeping failed", task=task.__name__, detail=error.detail)
 
     def stop(self) -> None:
         self._stopping.set()

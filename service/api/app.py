@@ -23,17 +23,21 @@ from service.api.transfer import Transfers
 from service.app import serving
 from service.app.access import CALLER, check
 from service.app.engine import Engine
+from service.app.fields import KEY_MAX, AtVersion
 from service.app.filter_schemas import FilterSpec
 from service.app.kernel_schemas import KernelList
 from service.app.key_schemas import KeyList, KeyRequest, NewKey
 from service.app.memory_schemas import (
     CountReply,
     CountRequest,
+    DeleteOne,
     DeleteReply,
     DeleteRequest,
     GetReply,
     GetRequest,
     MemoryInfo,
+    PatchReply,
+    PatchRequest,
     ScrollReply,
     ScrollRequest,
 )
@@ -103,9 +107,22 @@ def _body(model: type[BaseModel], form: dict[str, Any] | None = None, required: 
 FILE = {"type": "string", "contentMediaType": "application/octet-stream"}
 JSON_TEXT = {"type": "string", "description": "JSON"}
 STORE_FORM = {
-    "image": FILE, "text": {"type": "string"}, "id": {"type": "string"}, "payload": JSON_TEXT, "vectors": JSON_TEXT,
-    "memories": {"type": "string", "description": "JSON, as in the JSON body; an image is {\"part\": its part's name}"},
-    "wait": JSON_TEXT, "timeout_s": JSON_TEXT,
+    "image": FILE,
+    "text": {"type": "string"},
+    "id": {"type": "string"},
+    "payload": JSON_TEXT,
+    "vectors": JSON_TEXT,
+    "expires_at": {"type": "string", "format": "date-time"},
+    "if_version": JSON_TEXT,
+    "memories": {"type": "string", "description": 'JSON, as in the JSON body; an image is {"part": its part\'s name}'},
+    "wait": JSON_TEXT,
+    "timeout_s": JSON_TEXT,
+    "idempotency_key": {"type": "string"},
+}
+PATCH_FORM = {
+    "image": FILE, "text": {"type": "string"}, "payload": JSON_TEXT, "payload_mode": {"type": "string"},
+    "vectors": JSON_TEXT, "expires_at": {"type": "string", "format": "date-time"}, "if_version": JSON_TEXT,
+    "idempotency_key": {"type": "string"},
 }  # fmt: skip
 RECALL_FORM = {
     "image": FILE,
@@ -116,6 +133,15 @@ RECALL_FORM = {
     "cues": JSON_TEXT,
 } | {name: JSON_TEXT for name in RecallRequest.model_fields if name not in ("cue", "cues")}
 
+KEYED: dict[str, Any] = {
+    "parameters": [
+        {
+            "name": bodies.KEY_HEADER, "in": "header", "required": False,
+            "description": "one for each request: the same request again within a day is done once, and answered alike",
+            "schema": {"type": "string", "minLength": 1, "maxLength": KEY_MAX},
+        }
+    ]
+}  # fmt: skip
 PROBLEM: dict[str, Any] = {
     "description": "A problem (RFC 9457)",
     "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/ProblemDetails"}}},
@@ -219,11 +245,12 @@ async def retire_kernel(collection: CollectionName, kernel: str, engine: Engine_
     tags=["memories"],
     response_model=StoreReply,
     responses={202: {"model": StoreReply, "description": "Accepted and on disk; encoding goes on as an operation"}},
-    openapi_extra=_body(StoreRequest, STORE_FORM),
+    openapi_extra=_body(StoreRequest, STORE_FORM) | KEYED,
 )
 async def store(collection: CollectionName, request: Request, engine: Engine_, pool: Pool_) -> Response:
     """Store memories. A bad item is reported under its position and the rest are stored."""
-    reply = await serving.store(engine, pool, collection, await bodies.read_store(request))
+    body = bodies.keyed(request, await bodies.read_store(request))
+    reply = await serving.store(engine, pool, collection, body)
     return _json(reply, 202 if reply.operation_id else 200)
 
 
@@ -352,13 +379,30 @@ async def get_content(collection: CollectionName, id: Id, engine: Engine_, pool:
 
 
 @v1.get("/collections/{collection}/memories/{id:path}", tags=["memories"])
-async def get_memory(collection: CollectionName, id: Id, engine: Engine_, pool: Pool_) -> MemoryInfo:
-    return await pool.run(engine.memory, collection, id)
+async def get_memory(
+    collection: CollectionName, id: Id, at: Annotated[AtVersion, Query()], engine: Engine_, pool: Pool_
+) -> MemoryInfo:
+    return await pool.run(engine.memory, collection, id, at)
+
+
+@v1.patch(
+    "/collections/{collection}/memories/{id:path}",
+    tags=["memories"],
+    openapi_extra=_body(PatchRequest, PATCH_FORM) | KEYED,
+)
+async def patch_memory(
+    collection: CollectionName, id: Id, request: Request, engine: Engine_, pool: Pool_
+) -> PatchReply:
+    """Change a memory in part: what is absent stays. Only the spaces that a changed part fills are encoded again."""
+    body = bodies.keyed(request, await bodies.read_patch(request))
+    return await pool.run(engine.patch, collection, id, body)
 
 
 @v1.delete("/collections/{collection}/memories/{id:path}", tags=["memories"])
-async def delete_memory(collection: CollectionName, id: Id, engine: Engine_, pool: Pool_) -> DeleteReply:
-    return await pool.run(engine.delete_memories, collection, [id])
+async def delete_memory(
+    collection: CollectionName, id: Id, when: Annotated[DeleteOne, Query()], engine: Engine_, pool: Pool_
+) -> DeleteReply:
+    return await pool.run(engine.delete_memories, collection, [id], when.if_version)
 
 
 # --- operations -------------------------------------------------------------------------------------------------------
@@ -379,6 +423,12 @@ async def get_operation(id: Annotated[str, Path(max_length=64)], engine: Engine_
 async def cancel_operation(id: Annotated[str, Path(max_length=64)], engine: Engine_, pool: Pool_) -> Operation:
     """Cancel: what it has done so far is kept."""
     return await pool.run(engine.cancel, id)
+
+
+@v1.post("/operations/{id}/retry", status_code=202, tags=["operations"])
+async def retry_operation(id: Annotated[str, Path(max_length=64)], engine: Engine_, pool: Pool_) -> Operation:
+    """Queue one again that failed, died or was cancelled: what it has done stays done."""
+    return await pool.run(engine.retry, id)
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
@@ -448,8 +498,8 @@ def _document(app: FastAPI) -> dict[str, Any]:
     document = FastAPI.openapi(app)
     template = "#/components/schemas/{model}"
     models = (
-        CollectionConfig, CountRequest, DeleteRequest, GetRequest, KeyRequest, MemoryInput, ProblemDetails,
-        RecallRequest, ReencodeRequest, ScrollRequest, StoreRequest, TrainRequest,
+        CollectionConfig, CountRequest, DeleteRequest, GetRequest, KeyRequest, MemoryInput, PatchRequest,
+        ProblemDetails, RecallRequest, ReencodeRequest, ScrollRequest, StoreRequest, TrainRequest,
     )  # fmt: skip
     read = [(model, "validation") for model in models]
     _, definitions = models_json_schema(read, ref_template=template)  # type: ignore[arg-type]

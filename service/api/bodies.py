@@ -10,19 +10,24 @@ from typing import Any, TypeVar
 
 import orjson
 from fastapi import Request
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.datastructures import UploadFile
 
 from service.api.problems import from_validation
-from service.app.fields import BATCH_MAX
+from service.app.fields import BATCH_MAX, IdempotencyKey, faults
+from service.app.memory_schemas import PatchRequest
 from service.app.schemas import RecallRequest, StoreRequest
 from service.errors import InvalidRequest, MalformedBody
 
 M = TypeVar("M", bound=BaseModel)
 
+_key: TypeAdapter[str] = TypeAdapter(IdempotencyKey)
+
 FIELD_BYTES_MAX = 16 * 2**20  # one non-file field of a form: a batch's JSON; the whole body has a bound of its own
+PLAIN = ("text", "id", "expires_at", "idempotency_key", "group_by")  # fields that are text, whatever it looks like
 CUE_FIELDS = ("text", "image", "mask", "vectors", "id")
-MEMORY_FIELDS = ("id", "image", "text", "vectors", "payload")
+MEMORY_FIELDS = ("id", "image", "text", "vectors", "payload", "expires_at", "if_version")
+KEY_HEADER = "Idempotency-Key"
 
 
 async def read(request: Request, model: type[M]) -> M:
@@ -45,6 +50,29 @@ async def read_recall(request: Request) -> RecallRequest:
     fields = await _fields(request)
     cue = {name: fields.pop(name) for name in CUE_FIELDS if name in fields}
     return validate(RecallRequest, {**fields, "cue": cue} if cue else fields)
+
+
+K = TypeVar("K", StoreRequest, PatchRequest)
+
+
+def keyed(request: Request, body: K) -> K:
+    """The body with the key that the request's header gives it. Raises `InvalidRequest`."""
+    key = request.headers.get(KEY_HEADER)
+    if key is None or key == body.idempotency_key:
+        return body
+    if body.idempotency_key is not None:
+        raise InvalidRequest(f"the header {KEY_HEADER} and idempotency_key are two keys; send one")
+    try:
+        checked = _key.validate_python(key)
+    except ValidationError as error:
+        raise InvalidRequest(f"{KEY_HEADER}: {faults(error)}") from None
+    return body.model_copy(update={"idempotency_key": checked})
+
+
+async def read_patch(request: Request) -> PatchRequest:
+    return (
+        await read(request, PatchRequest) if not _is_form(request) else validate(PatchRequest, await _fields(request))
+    )
 
 
 async def read_store(request: Request) -> StoreRequest:
@@ -82,7 +110,7 @@ async def _fields(request: Request) -> dict[str, Any]:
                 raise InvalidRequest(f"the form has two parts named {name}")
             if isinstance(value, UploadFile):
                 fields[name] = {"base64": await value.read()}
-            elif name in ("text", "id", "group_by"):
+            elif name in PLAIN:
                 fields[name] = value
             else:
                 try:

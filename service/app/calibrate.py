@@ -111,7 +111,7 @@ def calibrate_collection(
     """Calibrate every modality that cues can be made for or were supplied for, under these kernels by space. The caller
     keeps the outcome.
     """
-    view, changed_rows = live.bank.view(), live.changed_rows
+    view, changed_rows = live.view(), live.changed_rows
     rows = view.sample(min(CUES_MAX, view.count), SEED)
     ids = ids_at(view, rows)
     every_plan = list(plans(live))

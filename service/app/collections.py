@@ -109,7 +109,7 @@ def _learn(resources: Resources, live: LiveCollection, row: Collection, kernels:
     made = next(iter(gates.values())).record if gates else None
     # Of before a re-encoding: what it left is of the other spaces, and the calibration is still to be done again.
     if made is not None and made.version >= row.config.get(REENCODED_AT, 0):
-        gone = max(0, made.rows - live.bank.view().count)
+        gone = max(0, made.rows - live.view().count)
         changed = gone + resources.repository.count_since(row.id, made.version)
         live.learn(Learned(kernels, gates, routes), made.rows, changed)
     else:
@@ -158,7 +158,7 @@ def delete(resources: Resources, name: str) -> None:
 
 
 def info(live: LiveCollection) -> CollectionInfo:
-    view = live.bank.view()
+    view = live.view()
     spaces = {
         name: SpaceInfo(
             encoder=space.config.encoder, fingerprint=space.encoder.fingerprint if space.encoder else None,

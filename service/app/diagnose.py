@@ -51,7 +51,7 @@ SEED = 0xD1A6_0515
 def diagnose(live: LiveCollection) -> Diagnostics:
     """Blocking and CPU-bound: call it from a worker thread."""
     started = time.perf_counter()
-    view = live.bank.view()
+    view = live.view()
     rows = view.sample(view.count, SEED).sort().values
     passes = 1 if len(live.spaces) == 1 else 2  # each space, then the whole memory
     affordable = WORK_MAX // max(1, view.count * live.layout.dimension * passes)

@@ -95,7 +95,7 @@ def find_near(live: LiveCollection, ids: Sequence[str], vectors: Sequence[Memory
     before it in the batch, but for those that are refused.
     """
     found = [Alike() for _ in ids]
-    view = live.bank.view()
+    view = live.view()
     last = {memory_id: i for i, memory_id in enumerate(ids)}
     stored = frozenset(name for name in last if int(view.rows_of([name])) >= 0)
     others = view.restricted(None, stored)
@@ -128,7 +128,7 @@ def find_near(live: LiveCollection, ids: Sequence[str], vectors: Sequence[Memory
 @torch.inference_mode()
 def find_equal(live: LiveCollection, ids: Sequence[str], vectors: Sequence[Memory]) -> list[Alike]:
     """Whom each of many memories that were just stored equals, in the bank beside it."""
-    view = live.bank.view()
+    view = live.view()
     found = [Alike() for _ in ids]
     rows = view.rows_of(ids)  # -1: replaced or deleted meanwhile
     of_space = {name: _same_key(view, name, rows) for name in live.spaces if any(name in each for each in vectors)}

@@ -28,8 +28,10 @@ from service.app.cues import CueBlocks, cue_of_memory, encode_cues, in_batches, 
 from service.app.diagnose import diagnose
 from service.app.encoding import Parts, run_once
 from service.app.exporting import Export, export
-from service.app.importing import run_import
+from service.app.fields import AtVersion
 from service.app.following import Follower
+from service.app.freshness import live_at, stored_at
+from service.app.importing import run_import
 from service.app.kernel_schemas import KernelList, TrainKernel
 from service.app.kernels import enqueue_kernel, listed, retire, run_kernel_job
 from service.app.keys import Keys
@@ -44,10 +46,13 @@ from service.app.memory_schemas import (
     GetReply,
     GetRequest,
     MemoryInfo,
+    PatchReply,
+    PatchRequest,
     ScrollReply,
     ScrollRequest,
 )
 from service.app.notices import Notices
+from service.app.patch import patch
 from service.app.recall import Recalled, empty_result, recall_blocks
 from service.app.recall_options import Resolved, check_size, resolve
 from service.app.recall_schemas import RecallReply, Timings
@@ -74,7 +79,7 @@ from service.app.transfer_schemas import Event, ExportRequest, Format, ImportOpt
 from service.encoders import registry
 from service.encoders.cards import cards
 from service.encoders.device import check_device
-from service.errors import ContentNotFound, EngramError, NothingObserved, Unavailable
+from service.errors import Conflict, ContentNotFound, EngramError, NothingObserved, Unavailable
 from service.settings import Settings
 from service.storage.blobs import Blobs
 from service.storage.database import Database
@@ -217,10 +222,6 @@ class Engine:
     def collection(self, name: str) -> CollectionInfo:
         return collections.info(self.resources.live(name))
 
-    def knows(self, name: str) -> bool:
-        """Whether a collection answers here at once; another server may have made it a moment ago."""
-        return name in self.resources.lives
-
     def collections(self) -> CollectionList:
         """Those that the caller may read."""
         self.resources.look()
@@ -258,13 +259,13 @@ class Engine:
     def prepare(self, name: str, request: RecallRequest) -> PreparedRecall:
         """Read and encode the cues. A single bad cue raises; in a batch it becomes its own result's error."""
         started = time.perf_counter()
-        live = self.resources.live(name)
+        live = live_at(self.resources, name, request)
         options = resolve(live, request)
         single = request.cue is not None
         cues = [request.cue] if request.cue is not None else request.cues or []
         if any(cue.id is None for cue in cues):  # a stored memory's patterns are there, whatever became of the encoder
             live.require(live.spaces if options.chosen is None else options.chosen)
-        view = live.bank.view()
+        view = live.view()
         check_size(live, options, len(cues))
         blocks: list[CueBlocks | EngramError] = [NothingObserved("not read yet")] * len(cues)
 
@@ -285,6 +286,12 @@ class Engine:
         if single and isinstance(blocks[0], EngramError):
             raise blocks[0]
         return PreparedRecall(live, options, blocks, single, started, time.perf_counter() - started)
+
+    def has_come_to(self, name: str, version: int | None) -> bool:
+        """Whether a collection answers here at once, at this version; another server may have made it, or come to it, a
+        moment ago."""
+        live = self.resources.lives.get(name)
+        return live is not None and (version is None or live.bank.version >= version)
 
     def submit(self, prepared: PreparedRecall) -> Future[Recalled]:
         """Queue a prepared single cue; cues of other requests that wait meanwhile share its batch."""
@@ -331,15 +338,20 @@ class Engine:
 
     # --- memories ---
 
-    def memory(self, name: str, memory_id: str) -> MemoryInfo:
+    def memory(self, name: str, memory_id: str, request: AtVersion | None = None) -> MemoryInfo:
         """Raises `MemoryNotFound`."""
-        return memories.info(self.repository.get_memory(self.resources.live(name).id, memory_id))
+        live = stored_at(self.resources, name, request or AtVersion())
+        return memories.info(self.repository.get_memory(live.id, memory_id))
 
     def memories(self, name: str, request: GetRequest) -> GetReply:
-        return memories.get(self.resources, self.resources.live(name), request)
+        return memories.get(self.resources, stored_at(self.resources, name, request), request)
 
     def scroll(self, name: str, request: ScrollRequest) -> ScrollReply:
-        return memories.scroll(self.resources, self.resources.live(name), request)
+        return memories.scroll(self.resources, stored_at(self.resources, name, request), request)
+
+    def patch(self, name: str, memory_id: str, request: PatchRequest) -> PatchReply:
+        """Change a memory in part. Raises as `patch.patch`."""
+        return patch(self.resources, self.resources.live(name), memory_id, request)
 
     def content(self, name: str, memory_id: str) -> tuple[bytes, str]:
         """The original bytes and their media type. Raises `MemoryNotFound`, `ContentNotFound`."""
@@ -348,14 +360,17 @@ class Engine:
             raise ContentNotFound(f"memory {memory_id} was stored without an image")
         return self.blobs.get(found.blob_hash), found.media_type
 
-    def delete_memories(self, name: str, ids: Sequence[str]) -> DeleteReply:
-        return memories.delete_ids(self.resources, self.resources.live(name), ids)
+    def delete_memories(self, name: str, ids: Sequence[str], if_version: int | None = None) -> DeleteReply:
+        """Raises `PreconditionFailed` where one is not at `if_version`."""
+        return memories.delete_ids(self.resources, self.resources.live(name), ids, if_version)
 
     def delete(self, name: str, request: DeleteRequest) -> DeleteReply:
         return memories.delete(self.resources, self.resources.live(name), request)
 
     def count(self, name: str, request: CountRequest | None = None) -> CountReply:
-        return memories.count(self.resources, self.resources.live(name), request or CountRequest())
+        request = request or CountRequest()
+        at = live_at if request.filter is None else stored_at  # the bank knows how many there are
+        return memories.count(self.resources, at(self.resources, name, request), request)
 
     # --- in bulk ---
 
@@ -415,6 +430,24 @@ class Engine:
         self.resources.ended(operation_id)
         return self._operation(job)
 
+    def retry(self, operation_id: str) -> Operation:
+        """Queue it again where it failed, died or was cancelled: what it has done stays done. Raises as `operation`,
+        and `Conflict` where it is done, under way, or cannot be gone on with.
+        """
+        found = self.operation(operation_id)
+        check(CALLER.get(), Need(LEVELS.get(found.kind, "admin")), found.collection)
+        job = self.repository.get_job(operation_id)
+        if job.kind != STORE_JOB and job.kind not in self.handlers():
+            raise Conflict(f"an operation of the kind {job.kind} cannot be retried: ask for it again")
+        if job.kind == REENCODE_JOB and job.collection_id is not None:
+            active = self.repository.active_job(job.collection_id, REENCODE_JOB)
+            if active not in (None, operation_id):
+                raise Conflict(f"the operation {active} encodes the collection again already; cancel it or wait")
+        job = self.repository.retry(operation_id)
+        self.resources.wake_workers()
+        self.resources.tell(True)
+        return self._operation(job)
+
     def operations(self) -> OperationList:
         """The last hundred, as many of them as the caller may read."""
         found = [self._operation(job) for job in self.repository.list_jobs(OPERATIONS_LISTED)]
@@ -444,17 +477,22 @@ class Engine:
         for live in list(self.resources.lives.values()):
             self.resources.seal_if_due(live)
 
+    def expire(self) -> None:
+        """Delete the memories that have expired."""
+        memories.delete_expired(self.resources)
+
     def follow_keys(self) -> None:
         """See which keys were made and revoked elsewhere."""
         self.keys.refresh()
         self.resources.metrics.forget_keys_but(self.keys.names)
 
     def housekeep(self) -> None:
-        """Remove originals that nothing names any more, drafts of operations that have ended, and operations that ended
-        a week ago.
+        """Remove originals that nothing names any more, drafts of operations that have ended, receipts of a day ago,
+        and operations that ended a week ago.
         """
         self.blobs.remove_unreferenced(self.repository.blob_hashes_in_use)
         self.repository.remove_drafts()
+        self.repository.remove_receipts()
         self.repository.remove_ended_jobs()
         self.repository.forget_deletions()
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import numpy as np
@@ -24,6 +26,7 @@ from pydantic import (
     WithJsonSchema,
 )
 
+from service.core.filter import moment
 from service.encoders.protocol import DIMENSION_MAX
 
 BATCH_MAX = 1_000  # memories or cues in one request: a batch is decoded and held in memory whole
@@ -34,6 +37,8 @@ STEPS_MAX = 100  # updates of one recall; modern Hopfield dynamics settles in a 
 TEXT_MAX = 10_000  # characters of one text; every text tower here cuts far below it
 PAYLOAD_BYTES_MAX = 64 * 2**10  # payloads are kept in memory beside the patterns
 SPACES_MAX = 16
+WAIT_MAX_S = 600.0  # of a request that waits for what is done in the background
+KEY_MAX = 255  # characters of a request's own key: a UUID has 36, and an index of PostgreSQL's takes a third of a page
 FAULTS_MAX = 10  # of a request with hundreds of faults the first ones are enough to mend it
 
 
@@ -43,6 +48,15 @@ class Request(BaseModel):
 
 class Reply(BaseModel):
     model_config = ConfigDict(arbitrary_types_allowed=True)
+
+
+class AtVersion(Request):
+    """A read of what has been written up to a version at least."""
+
+    min_version: int | None = Field(
+        default=None, ge=0, description="read what was written up to this version at least, as a reply has given it"
+    )
+    timeout_s: float = Field(default=30, gt=0, le=WAIT_MAX_S, description="how long to wait for `min_version`")
 
 
 def _to_bytes(value: object) -> object:
@@ -95,6 +109,41 @@ VectorList = Annotated[list[float], WithJsonSchema(FLOATS)]
 """A vector in a reply: values that are float32."""
 Base64Text = Annotated[str, WithJsonSchema(BASE64)]
 """Bytes in a reply that is not checked."""
+if TYPE_CHECKING:
+    VectorOrNone = NDArray[np.float32] | None
+else:
+    VectorOrNone = Annotated[
+        Any,
+        BeforeValidator(lambda value: None if value is None else to_array(value)),
+        WithJsonSchema({**FLOATS, "minItems": 1, "maxItems": DIMENSION_MAX}),  # gRPC has no null in a map
+    ]
+
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_LAST = moment("9999-12-31T23:59:59.999999Z")
+_ZONED = re.compile(r".{10}[Tt ].*([Zz]|[+-]\d\d:\d\d)")
+
+
+def _to_moment(value: object) -> object:
+    """A date and time with its zone (in process also a `datetime`) as microseconds since 1970."""
+    if isinstance(value, datetime) and value.tzinfo is not None:
+        return (value - EPOCH) // timedelta(microseconds=1)
+    found = moment(value) if isinstance(value, str) and _ZONED.fullmatch(value) else None
+    if found is None or _LAST is None or found > _LAST:
+        raise ValueError("is a date and time with its zone, as in 2030-12-31T23:59:59Z (RFC 3339)")
+    return found
+
+
+def as_date(microseconds: int) -> str:
+    """A moment as replies say it."""
+    return (EPOCH + timedelta(microseconds=microseconds)).isoformat()
+
+
+Moment = Annotated[
+    int,
+    BeforeValidator(_to_moment),
+    WithJsonSchema({"type": "string", "format": "date-time", "description": "RFC 3339, with its zone"}),
+]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$", description="letters, digits, _ . -")]
 
 
@@ -107,6 +156,23 @@ def _check_id(value: str) -> str:
 
 
 MemoryId = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_check_id)]
+
+
+def _check_key(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError("a key has printable characters alone")
+    return value
+
+
+IdempotencyKey = Annotated[
+    str,
+    Field(
+        min_length=1, max_length=KEY_MAX,
+        description="of the caller's making, one for each request: the same request under the same key within a day is "
+        "done once, and answered alike. Over HTTP also the header Idempotency-Key",
+    ),
+    AfterValidator(_check_key),
+]  # fmt: skip
 
 
 def _check_text(value: str) -> str:

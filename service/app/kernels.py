@@ -49,7 +49,7 @@ def enqueue_kernel(resources: Resources, live: LiveCollection, request: TrainKer
             f"space {space.name} has {space.dimension} values; a kernel takes at most {DIMENSION_MAX}"
         )
     _corruptions(live, space, request)
-    if len(live.bank.view().kernels) > KERNELS_MAX - 2:  # one on trial, and whitening beside it
+    if len(live.view().kernels) > KERNELS_MAX - 2:  # one on trial, and whitening beside it
         raise TrainingRefused(
             f"{live.name} has kernels in {len(live.learned.kernels)} spaces, which is as many as it can; retire one"
         )
@@ -64,7 +64,7 @@ def run_kernel_job(resources: Resources, job: Job, beat: Callable[[float], None]
     request = TrainKernel.model_validate(job.payload["kernel"])
     space = _space(live, request)
     kinds = _corruptions(live, space, request)
-    view = live.bank.view()
+    view = live.view()
     rows = view.sample(min(MEMORIES_MAX, VALUES_MAX // space.dimension), SEED)
     rows = rows[~view.lacking([space.name], rows)]
     if len(rows) < MEMORIES_MIN:
@@ -88,7 +88,7 @@ def run_kernel_job(resources: Resources, job: Job, beat: Callable[[float], None]
     with _tried(live, space, kernel), _tried(live, space, white):
         before = _in_use(live)
         verdict = trial.judge(
-            live, live.bank.view(), before, before | {space.name: kernel}, white, lambda: beat(0.8)
+            live, live.view(), before, before | {space.name: kernel}, white, lambda: beat(0.8)
         )  # fmt: skip
         record = KernelRecord(
             space=space.name, objective=request.objective, start=request.start, memories=len(lesson.patterns),

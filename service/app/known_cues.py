@@ -193,7 +193,7 @@ def enqueue_training(resources: Resources, live: LiveCollection, request: TrainG
     if negatives and live.similarity == "neg_l2":
         raise InvalidRequest("negatives are scored by dot product; a collection compared by neg_l2 cannot use them")
     errors: list[ItemError] = []
-    there = live.bank.view().rows_of([known.id for known in cues]).tolist()
+    there = live.view().rows_of([known.id for known in cues]).tolist()
     for position, known in enumerate(cues):
         if there[position] < 0:
             errors.append(ItemError(position, "memory_not_found", f"cues.{position}: there is no memory {known.id}"))

@@ -9,18 +9,23 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
 
 from service.app.absent import AbsentEncoder
 from service.app.gate_schemas import CalibrationInfo, CalibrationRecord, CalibrationState
 from service.app.schemas import CollectionConfig, SpaceConfig
-from service.bank import Bank, Layout, Rows, SpaceLayout
+from service.bank import NEVER, Bank, Layout, Rows, SpaceLayout, View
 from service.core.similarity import Blocks, Kernel
 from service.encoders.corruption import DEFAULT_CORRUPTIONS, Corruption
 from service.encoders.protocol import Decoder, Encoder
 from service.errors import EngramError, InvalidRequest
 from service.storage.learned import Retired
-from service.storage.memories import PatternChunk
+from service.storage.memories import PatternChunk, microseconds_now
 from service.storage.repository import Collection
 
 if TYPE_CHECKING:
@@ -154,6 +159,25 @@ class LiveCollection:
         self.sealing = threading.Lock()
         self.calibration_job: str | None = None  # a calibration that has not looked at the bank yet
 
+    def view(self) -> View:
+        """All that may be returned now: what the bank holds, less what has expired."""
+        return self.bank.view().at(microseconds_now())
+
+    def rows(
+        self,
+        ids: Sequence[str],
+        vectors: Sequence[Mapping[str, NDArray[np.float32]]],
+        payloads: Sequence[Mapping[str, Any] | None],
+        expires: Sequence[int | None],
+    ) -> Rows:
+        """Memories as the bank is told of them."""
+        blocks = {
+            space.name: np.stack([each.get(space.name, _absent(space.dimension)) for each in vectors])
+            for space in self.spaces.values()
+        }
+        packed = [None if payload is None else orjson.dumps(payload) for payload in payloads]
+        return Rows(ids, blocks, packed, moments(expires))
+
     def follow(self, rows: Rows | None, deletes: Sequence[str], version: int) -> None:
         """Bring a commit, which took this version, to the bank. Called by storage in the order of the commits; what
         other servers have committed before it is brought as well.
@@ -248,7 +272,7 @@ class LiveCollection:
 
     def calibration_state(self) -> CalibrationState:
         """none: nothing to calibrate with; pending: not done yet; stale: too much has changed since; current."""
-        if self.bank.view().count == 0:
+        if self.view().count == 0:
             return "none"
         if self.calibrated_rows is None:
             return "pending"
@@ -272,7 +296,7 @@ class LiveCollection:
         if self.faulty:
             why = dict.fromkeys(why, "not calibrated before the encoders of all spaces can be used")
         return CalibrationInfo(
-            state=state, rows_then=then, rows_now=self.bank.view().count, changed_rows=self.changed_rows,
+            state=state, rows_then=then, rows_now=self.view().count, changed_rows=self.changed_rows,
             redone_over=over, why=why[state], modalities=list(self.records.values()),
             choices=[route.info for route in self.learned.routes.values()],
         )  # fmt: skip
@@ -280,7 +304,20 @@ class LiveCollection:
 
 def rows_of(chunk: PatternChunk) -> Rows:
     """What is stored, as a bank takes it."""
-    return Rows(chunk.ids, chunk.vectors, chunk.payloads)
+    return Rows(chunk.ids, chunk.vectors, chunk.payloads, moments(chunk.expires))
+
+
+def moments(expires: Sequence[int | None]) -> NDArray[np.int64] | None:
+    """When memories expire, as a bank takes it."""
+    if all(moment is None for moment in expires):
+        return None
+    return np.array([NEVER if moment is None else moment for moment in expires], np.int64)
+
+
+@cache
+def _absent(dimension: int) -> NDArray[np.float32]:
+    """The block of a memory that lacks the space."""
+    return np.zeros(dimension, dtype=np.float32)
 
 
 def spaces_of(modality: str) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from service.app.fields import as_date
 from service.app.live import LiveCollection
 from service.app.memory_schemas import (
     DELETED_LISTED_MAX,
@@ -18,7 +19,8 @@ from service.app.memory_schemas import (
     ScrollRequest,
 )
 from service.app.resources import Resources
-from service.storage.memories import Deleted, Memory
+from service.errors import CollectionNotFound
+from service.storage.memories import Deleted, Memory, microseconds_now
 
 
 def info(memory: Memory) -> MemoryInfo:
@@ -26,6 +28,7 @@ def info(memory: Memory) -> MemoryInfo:
         id=memory.id, version=memory.version, text=memory.text, payload=memory.payload, spaces=list(memory.spaces),
         has_content=memory.blob_hash is not None, media_type=memory.media_type,
         created_at=memory.created_at.isoformat(), updated_at=memory.updated_at.isoformat(),
+        expires_at=None if memory.expires_at is None else as_date(memory.expires_at),
     )  # fmt: skip
 
 
@@ -44,7 +47,7 @@ def scroll(resources: Resources, live: LiveCollection, request: ScrollRequest) -
 
 def count(resources: Resources, live: LiveCollection, request: CountRequest) -> CountReply:
     if request.filter is None:
-        view = live.bank.view()
+        view = live.view()
         return CountReply(version=view.version, count=view.count)
     version, found = resources.repository.count_where(live.id, request.filter.clause())
     return CountReply(version=version, count=found)
@@ -68,12 +71,25 @@ def delete(resources: Resources, live: LiveCollection, request: DeleteRequest) -
     return _deleted(deleted)
 
 
-def delete_ids(resources: Resources, live: LiveCollection, ids: Sequence[str]) -> DeleteReply:
-    """Ids that are not there are left out of the answer."""
-    deleted = resources.repository.delete_memories(live.id, ids, _follow(resources, live))
+def delete_ids(
+    resources: Resources, live: LiveCollection, ids: Sequence[str], if_version: int | None = None
+) -> DeleteReply:
+    """Ids that are not there are left out of the answer. Raises `PreconditionFailed`."""
+    deleted = resources.repository.delete_memories(live.id, ids, _follow(resources, live), if_version)
     if deleted.ids:
         resources.after_write(resources.live_by_id(live.id))
     return _deleted(deleted)
+
+
+def delete_expired(resources: Resources) -> None:
+    """Delete what has expired: nobody is given it any more, and this is what makes room."""
+    for live in list(resources.lives.values()):
+        if live.bank.view().soonest <= microseconds_now():
+            try:
+                resources.repository.delete_expired(live.id, _follow(resources, live))
+                resources.after_write(resources.live_by_id(live.id))
+            except CollectionNotFound:
+                continue
 
 
 def _follow(resources: Resources, live: LiveCollection) -> Callable[[Deleted], None]:

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from service.app.fields import LIMIT_MAX, MemoryId, Payload, Reply, Request
+from service.app.fields import (
+    LIMIT_MAX,
+    SPACES_MAX,
+    AtVersion,
+    IdempotencyKey,
+    MemoryId,
+    Moment,
+    Name,
+    Payload,
+    Reply,
+    Request,
+    Text,
+    VectorOrNone,
+)
 from service.app.filter_schemas import IDS_MAX, FilterSpec
+from service.app.schemas import ImageInput
 
+REMOVED_MAX = SPACES_MAX + 4  # every space, and the parts that there are besides
 DELETED_LISTED_MAX = 10_000  # ids in one reply; more are counted
 
 
@@ -32,9 +47,10 @@ class MemoryInfo(Reply):
     media_type: str | None
     created_at: str
     updated_at: str
+    expires_at: str | None = Field(default=None, description="from then on it is not there any more; null: it stays")
 
 
-class ScrollRequest(Request):
+class ScrollRequest(AtVersion):
     """Memories in the order in which they were first stored."""
 
     filter: FilterSpec | None = None
@@ -50,7 +66,7 @@ class ScrollReply(Reply):
     next_cursor: str | None
 
 
-class GetRequest(Request):
+class GetRequest(AtVersion):
     ids: list[MemoryId] = Field(min_length=1, max_length=LIMIT_MAX)
 
 
@@ -83,10 +99,72 @@ class DeleteReply(Reply):
     deleted: list[str] = Field(description=f"their ids, the first {DELETED_LISTED_MAX:,} of them")
 
 
-class CountRequest(Request):
+class CountRequest(AtVersion):
     filter: FilterSpec | None = None
 
 
 class CountReply(Reply):
     version: int
     count: int
+
+
+class PatchRequest(Request):
+    """What changes of a memory; what is absent stays. Only the spaces that a changed part fills are encoded again."""
+
+    payload: Payload | None = Field(
+        default=None, description="what changes of it: a key's null removes the key (RFC 7396); null removes it all"
+    )
+    payload_mode: Literal["merge", "replace"] = Field(
+        default="merge", description="replace: the payload is all of it, not what changes"
+    )
+    text: Text | None = Field(default=None, description="null removes it, and its spaces")
+    image: ImageInput | None = Field(default=None, description="null removes it, and its spaces")
+    vectors: dict[Name, VectorOrNone] = Field(
+        default_factory=dict, description="of spaces without an encoder; null: the memory has the space no more"
+    )
+    expires_at: Moment | None = Field(default=None, description="null: it stays")
+    remove: list[str] = Field(
+        default_factory=list, max_length=REMOVED_MAX,
+        description="the same as null, where that cannot be said: payload, text, image, expires_at, vectors.SPACE",
+    )  # fmt: skip
+    if_version: int | None = Field(default=None, ge=1, description="change it only if it is at this version")
+    idempotency_key: IdempotencyKey | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _removed(cls, data: Any) -> Any:
+        """`remove` as nulls."""
+        if not isinstance(data, dict) or not isinstance(data.get("remove"), list):
+            return data
+        data = dict(data)
+        for name in data["remove"]:
+            part, dot, space = str(name).partition(".")
+            if part == "vectors" and dot and isinstance(vectors := data.get("vectors") or {}, dict):
+                holder, key = {**vectors}, space
+                data["vectors"] = holder
+            elif part in ("payload", "text", "image", "expires_at") and not dot:
+                holder, key = data, part
+            else:
+                raise ValueError(f"remove: {name!r} is none of payload, text, image, expires_at, vectors.SPACE")
+            if holder.get(key) is not None:
+                raise ValueError(f"{name} is both given and removed")
+            holder[key] = None
+        return data
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> Self:
+        if not self.model_fields_set - {"payload_mode", "if_version", "idempotency_key", "remove"}:
+            raise ValueError("nothing is to be changed: send payload, text, image, vectors or expires_at")
+        return self
+
+
+class DeleteOne(Request):
+    """A single memory's deletion: its query."""
+
+    if_version: int | None = Field(default=None, ge=1, description="delete it only if it is at this version")
+
+
+class PatchReply(Reply):
+    id: str
+    version: int
+    warnings: list[str]

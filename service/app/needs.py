@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from service.app.access import Need
 
 # What these answer is found out only by looking: the engine asks again, of the collection it finds.
-ANYWHERE = ("list_encoders", "list_collections", "list_operations", "get_operation", "cancel_operation")
+ANYWHERE = (
+    "list_encoders", "list_collections", "list_operations", "get_operation", "cancel_operation", "retry_operation",
+)  # fmt: skip
 READ = ("get_collection", "get_diagnostics", "list_kernels", "recall", "get_memories", "get_memory", "scroll", "count")
 READ_STREAMS = ("get_content", "export")
-WRITE = ("store", "import_rows", "delete_memories", "delete_memory")
+WRITE = ("store", "import_rows", "patch_memory", "delete_memories", "delete_memory")
 ADMIN = ("create_collection", "delete_collection", "train", "reencode", "retire_kernel")
 KEYS = ("create_key", "list_keys", "revoke_key")
 

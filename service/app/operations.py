@@ -17,17 +17,20 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from service.app.fields import Name, faults
+from service.app.fields import AtVersion, Name, faults
 from service.app.kernel_schemas import KernelList
 from service.app.key_schemas import KeyList, KeyRequest, NewKey
 from service.app.memory_schemas import (
     CountReply,
     CountRequest,
+    DeleteOne,
     DeleteReply,
     DeleteRequest,
     GetReply,
     GetRequest,
     MemoryInfo,
+    PatchReply,
+    PatchRequest,
     ScrollReply,
     ScrollRequest,
 )
@@ -67,12 +70,14 @@ class Route:
 class Operation(Route):
     """`call(engine, path, request)` takes an instance of `request` (None where that is None) and gives one of `reply`
     (None: nothing is answered). It raises what the engine raises. `reads`: it changes nothing, and may be asked again.
+    `keyed`: it may be asked again under the same `idempotency_key`.
     """
 
     request: type[BaseModel] | None
     reply: type[Any] | None
     call: Callable[[Engine, Path, Any], Any]
     reads: bool = False
+    keyed: bool = False
 
 
 _name: TypeAdapter[str] = TypeAdapter(Name)
@@ -134,7 +139,7 @@ OPERATIONS: dict[str, Operation] = {
         # --- store and recall ---
         Operation(
             "store", "POST", _COLLECTION + "/store", StoreRequest, StoreReply,
-            lambda engine, path, request: engine.store(path["collection"], request),
+            lambda engine, path, request: engine.store(path["collection"], request), keyed=True,
         ),
         Operation(
             "recall", "POST", _COLLECTION + "/recall", RecallRequest, RecallReply,
@@ -158,12 +163,18 @@ OPERATIONS: dict[str, Operation] = {
             lambda engine, path, request: engine.count(path["collection"], request), reads=True,
         ),
         Operation(
-            "get_memory", "GET", _MEMORIES + "/{id}", None, MemoryInfo,
-            lambda engine, path, _: engine.memory(path["collection"], path["id"]), reads=True,
+            "get_memory", "GET", _MEMORIES + "/{id}", AtVersion, MemoryInfo,
+            lambda engine, path, request: engine.memory(path["collection"], path["id"], request), reads=True,
         ),
         Operation(
-            "delete_memory", "DELETE", _MEMORIES + "/{id}", None, DeleteReply,
-            lambda engine, path, _: engine.delete_memories(path["collection"], [path["id"]]),
+            "patch_memory", "PATCH", _MEMORIES + "/{id}", PatchRequest, PatchReply,
+            lambda engine, path, request: engine.patch(path["collection"], path["id"], request), keyed=True,
+        ),
+        Operation(
+            "delete_memory", "DELETE", _MEMORIES + "/{id}", DeleteOne, DeleteReply,
+            lambda engine, path, request: engine.delete_memories(
+                path["collection"], [path["id"]], request.if_version
+            ),
         ),
         # --- operations ---
         Operation(
@@ -177,6 +188,10 @@ OPERATIONS: dict[str, Operation] = {
         Operation(
             "cancel_operation", "DELETE", "/v1/operations/{id}", None, OperationInfo,
             lambda engine, path, _: engine.cancel(path["id"]),
+        ),
+        Operation(
+            "retry_operation", "POST", "/v1/operations/{id}/retry", None, OperationInfo,
+            lambda engine, path, _: engine.retry(path["id"]),
         ),
         # --- keys ---
         Operation(

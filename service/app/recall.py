@@ -75,7 +75,7 @@ def recall_blocks(live: LiveCollection, cues: Sequence[CueBlocks], options: Reso
     """Recall a batch of encoded cues. Blocking and CPU-bound: call it from a worker thread."""
     watch = Stopwatch()
     # In this order: a kernel comes to the bank before it is learned, so the view knows every kernel of these.
-    learned, whole = live.learned, live.bank.view()
+    learned, whole = live.learned, live.view()
     kept = whole.restricted(options.filter, options.exclude)
     # What a cue leaves out is dead for it, so that every stage is asked of what it may return.
     groups: dict[tuple[str, str | None], list[int]] = defaultdict(list)

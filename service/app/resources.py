@@ -67,7 +67,7 @@ class Resources:
             self.tell(False)
         self._by_id[live.id] = live
         self.lives[live.name] = live
-        self.metrics.memories.labels(live.name).set_function(lambda: live.bank.view().count)
+        self.metrics.memories.labels(live.name).set_function(lambda: live.view().count)
 
     def replace(self, live: LiveCollection) -> None:
         """Let a collection under changed encoders take the place of the former, for whoever asks from now on. Called by
@@ -168,17 +168,20 @@ class Resources:
         self, kind: str, collection_id: int, items: Sequence[NewItem] = (), payload: Mapping[str, Any] | None = None
     ) -> tuple[str, Future[None]]:
         """Commit a job and wake a worker. The future ends with the job, however it ends."""
-        done: Future[None] = Future()
         job_id = self.repository.enqueue(kind, collection_id, {**(payload or {}), "items": len(items)}, items)
+        return job_id, self.watch(collection_id, job_id)
+
+    def watch(self, collection_id: int, job_id: str) -> Future[None]:
+        """Wake a worker for a job that is committed. The future ends with the job, however it ends."""
         with self._work:
-            self._waiting[job_id] = _Waiting(collection_id, done)
+            waiting = self._waiting.setdefault(job_id, _Waiting(collection_id, Future()))
             self._enqueued += 1
             self._work.notify_all()
         self.tell(True)
         # A worker may have finished it before the future was there to be told.
         if self.repository.get_job(job_id).status not in ("queued", "running"):
             self.ended(job_id)
-        return job_id, done
+        return waiting.done
 
     def ended(self, job_id: str) -> None:
         """Tell whoever waits for a job, here or at another server, that it has ended, however it did."""

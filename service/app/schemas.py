@@ -26,8 +26,12 @@ from service.app.fields import (
     SPACES_MAX,
     STEPS_MAX,
     SUPPORT_MAX,
+    WAIT_MAX_S,
+    AtVersion,
     Base64,
+    IdempotencyKey,
     MemoryId,
+    Moment,
     Name,
     Payload,
     Reply,
@@ -232,6 +236,10 @@ class MemoryInput(Request):
     text: Text | None = None
     vectors: dict[Name, Vector] | None = None
     payload: Payload | None = None
+    expires_at: Moment | None = Field(default=None, description="from then on it is not there any more")
+    if_version: int | None = Field(
+        default=None, ge=0, description="store it only if the memory is at this version; 0: only if there is none"
+    )
 
 
 MEMORY_REF: dict[str, JsonValue] = {"$ref": "#/components/schemas/MemoryInput"}  # documented, and checked item by item
@@ -244,7 +252,8 @@ class StoreRequest(Request):
         min_length=1, max_length=BATCH_MAX, json_schema_extra={"items": MEMORY_REF}
     )
     wait: bool = True
-    timeout_s: float = Field(default=30, gt=0, le=600)
+    timeout_s: float = Field(default=30, gt=0, le=WAIT_MAX_S)
+    idempotency_key: IdempotencyKey | None = None
 
 
 class ItemProblem(Reply):
@@ -434,7 +443,7 @@ class RecallCue(Cue):
         return self
 
 
-class RecallRequest(RecallOptions):
+class RecallRequest(RecallOptions, AtVersion):
     cue: RecallCue | None = None
     cues: list[RecallCue] | None = Field(default=None, min_length=1, max_length=BATCH_MAX)
 

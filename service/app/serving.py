@@ -44,7 +44,11 @@ class Pool:
 
 async def recall(engine: Engine, pool: Pool, collection: str, request: RecallRequest) -> RecallReply:
     cue = request.cue
-    if cue is not None and engine.knows(collection) and not {"image", "text", "id"} & cue.model_fields_set:
+    if (
+        cue is not None
+        and engine.has_come_to(collection, request.min_version)
+        and not {"image", "text", "id"} & cue.model_fields_set
+    ):
         prepared = engine.prepare(collection, request)  # vectors need no encoding: a thread would cost more
     else:
         prepared = await pool.run(engine.prepare, collection, request)

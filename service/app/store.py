@@ -12,36 +12,33 @@ Rules:
 from __future__ import annotations
 
 import base64
-import json
-import re
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from functools import cache
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
-import orjson
-from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from service.app.cues import CueBlocks, check_vector, memory_wants
+from service.app import idempotency
+from service.app.checks import check_moment, check_payload, check_text, check_vectors
+from service.app.cues import CueBlocks, memory_wants
 from service.app.duplicates import Alike, admitting, find_equal, find_near
 from service.app.encoding import Parts, Vectors, Wanted, content_of
-from service.app.fields import PAYLOAD_BYTES_MAX, Payload, faults
+from service.app.fields import Payload, faults
+from service.app.ids import new_id
 from service.app.live import LiveCollection
 from service.app.resources import Resources
 from service.app.schemas import MemoryInput, Problem, StoredItem, StoreReply, StoreRequest
-from service.bank import Rows
 from service.encoders.picture import media_type, read_picture
 from service.encoders.protocol import Picture, Source
-from service.errors import Duplicate, EmptyText, EncodersChanged, EngramError, InvalidRequest
-from service.storage.jobs import ItemAnswer, JobItem, JobItems, NewItem
-from service.storage.memories import MemoryWrite, Written
+from service.errors import Duplicate, EncodersChanged, EngramError, InvalidRequest, PreconditionFailed
+from service.storage.jobs import ItemAnswer, JobItem, JobItems, NewItem, NewJob
+from service.storage.memories import MemoryWrite, Status, Written
+from service.storage.receipts import AlreadyDone, Asked, Receipt
 
 STORE_JOB = "store"
-NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")  # as JSON writes it, and no backslash before a "u0000" of the text's own
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +65,14 @@ class Item:
     media_type: str | None
     pixels: int
     warnings: list[str]
+    expires_at: int | None = None
+    if_version: int | None = None
+
+    def write(self) -> MemoryWrite:
+        """What is stored of one that needs no encoding."""
+        return MemoryWrite(
+            self.id, payload=self.payload, vectors=self.vectors, expires_at=self.expires_at, if_version=self.if_version
+        )
 
 
 @dataclass(eq=False)
@@ -84,10 +89,21 @@ class Arriving:
 
 
 def accept(resources: Resources, live: LiveCollection, request: StoreRequest) -> Accepted:
-    """Check every item; commit those that only bring vectors, and a job for the rest.
+    """Check every item; commit those that only bring vectors, and a job for the rest, in one transaction.
 
-    Raises why a space's encoder cannot be used, where an item needs it (`EncoderMismatch`, `WeightsMissing`).
+    Under a key that the same request had before, say what was said then. Raises `IdempotencyKeyReused`, and why a
+    space's encoder cannot be used, where an item needs it (`EncoderMismatch`, `WeightsMissing`).
     """
+    asked = idempotency.asked(request.idempotency_key, request.memories)
+    try:
+        if asked is not None:
+            resources.repository.check_new(live.id, asked)
+        return _accept(resources, live, request, asked)
+    except AlreadyDone as done:
+        return _accepted_before(resources, live, request, done.reply)
+
+
+def _accept(resources: Resources, live: LiveCollection, request: StoreRequest, asked: Asked | None) -> Accepted:
     for space in live.spaces.values():
         if space.fault is not None and any(_given(raw, space.config.source) for raw in request.memories):
             live.require([space.name])
@@ -104,27 +120,42 @@ def accept(resources: Resources, live: LiveCollection, request: StoreRequest) ->
         needs_encoding = item.image is not None or item.text is not None
         (queued if needs_encoding else ready).append((position, item))
         results.append(StoredItem(id=item.id, status="queued", warnings=item.warnings))
+    job = _job(resources, queued) if queued else None
     version = None
-    if ready:
-        writes = [MemoryWrite(item.id, payload=item.payload, vectors=item.vectors) for _, item in ready]
-        version, outcomes = _commit_ready(resources, live, writes)
-        for (position, item), outcome in zip(ready, outcomes, strict=True):
-            if isinstance(outcome, EngramError):
-                results[position] = _failed(item.id, outcome)
-            else:
-                results[position].status, alike = outcome
-                results[position].warnings += alike.warnings()
-    if not queued:
+    if ready or job is not None:
+        version, results = _commit_ready(resources, live, results, ready, job, asked)
+    if job is None:
         return Accepted(version, results, None, None)
-    job_id, done = enqueue(resources, live, queued)
-    return Accepted(version, results, job_id, done)
+    return Accepted(version, results, job.id, resources.watch(live.id, job.id))
+
+
+def _accepted_before(
+    resources: Resources, live: LiveCollection, request: StoreRequest, said: Mapping[str, Any]
+) -> Accepted:
+    """What `accept` gave for the same request, from its receipt; whom its vectors equal is found anew."""
+    results = [StoredItem.model_validate(item) for item in said["results"]]
+    there = [place for place, item in enumerate(results) if item.status in ("stored", "updated")]
+    if live.config.duplicates == "warn" and there:
+        memories = [MemoryInput.model_validate(request.memories[place]) for place in there]
+        vectors = [dict(memory.vectors or {}) for memory in memories]
+        for place, alike in zip(there, find_equal(live, [str(results[i].id) for i in there], vectors), strict=True):
+            results[place].warnings += alike.warnings()
+    job_id = said["job_id"]
+    done = None if job_id is None else resources.watch(live.id, job_id)
+    return Accepted(said["version"], results, job_id, done)
 
 
 def enqueue(resources: Resources, live: LiveCollection, queued: Sequence[tuple[int, Item]]) -> tuple[str, Future[None]]:
     """Commit the originals of items and a job that encodes them; the number of each is its position in the answer."""
+    job = _job(resources, queued)
+    return resources.enqueue(STORE_JOB, live.id, job.items)
+
+
+def _job(resources: Resources, queued: Sequence[tuple[int, Item]]) -> NewJob:
+    """What encodes these; their originals are on disk."""
     hashes = keep_originals(resources, [item for _, item in queued])
     items = [_job_item(position, item, hash_) for (position, item), hash_ in zip(queued, hashes, strict=True)]
-    return resources.enqueue(STORE_JOB, live.id, items)
+    return NewJob(STORE_JOB, {"items": len(items)}, items)
 
 
 def keep_originals(resources: Resources, items: Sequence[Item]) -> list[str | None]:
@@ -203,7 +234,10 @@ def commit_encoded(resources: Resources, live: LiveCollection, encoded: Sequence
             answering[each.job_id].failed.append(_failure(each.item, blocks))
             continue
         original = (body["blob_hash"], body["media_type"])
-        write = MemoryWrite(body["id"], each.parts.text, body["payload"], *original, blocks.vectors)
+        write = MemoryWrite(
+            body["id"], each.parts.text, body["payload"], *original, blocks.vectors,
+            body.get("expires_at"), body.get("if_version"),
+        )  # fmt: skip
         arrived.append((each, write, [*body["warnings"], *blocks.warnings]))
     with admitting(live):
         writes = []
@@ -240,44 +274,75 @@ def _answers(resources: Resources, job_id: str) -> tuple[int | None, list[tuple[
 
 
 def commit(
-    resources: Resources, live: LiveCollection, writes: Sequence[MemoryWrite], answering: Sequence[JobItems] = ()
-) -> Written:
-    """Commit memories (with their jobs' answers, in one transaction); the bank follows before anybody is told.
+    resources: Resources, live: LiveCollection, writes: Sequence[MemoryWrite], answering: Sequence[JobItems] = (),
+    job: NewJob | None = None, receipt: Receipt[Written] | None = None,
+) -> Written:  # fmt: skip
+    """Commit memories (with their jobs' answers, a new job, a receipt: in one transaction); the bank follows before
+    anybody is told.
 
     Raises `EncodersChanged` where `live` is the collection under former encoders: nothing is written then.
     """
     live.wait_writable()
-    rows = Rows(
-        ids=[write.id for write in writes],
-        vectors={
-            space.name: np.stack([write.vectors.get(space.name, _absent(space.dimension)) for write in writes])
-            for space in live.spaces.values()
-        },
-        payloads=[None if write.payload is None else orjson.dumps(write.payload) for write in writes],
-    )
+    rows = None
+    if writes:
+        rows = live.rows(
+            [write.id for write in writes],
+            [write.vectors for write in writes],
+            [write.payload for write in writes],
+            [write.expires_at for write in writes],
+        )
     live.described = live.described or any(write.text is not None or write.blob_hash for write in writes)
+
+    def follow(written: Written) -> None:
+        if rows is not None and (kept := written.kept):
+            live.follow(rows if len(kept) == len(writes) else rows.only(kept), [], written.version)
+
     written = resources.repository.put_memories(
-        live.id, writes, answering, lambda written: live.follow(rows, [], written.version), live.generation
+        live.id, writes, answering, follow, live.generation, job=job, receipt=receipt
     )
-    resources.metrics.stored.labels(live.name).inc(len(writes))
+    resources.metrics.stored.labels(live.name).inc(len(written.kept))
     resources.after_write(live)
     return written
 
 
-Outcome = Duplicate | tuple[Literal["stored", "updated"], Alike]
+Outcome = Duplicate | tuple[Status, Alike]
 
 
 def _commit_ready(
-    resources: Resources, live: LiveCollection, writes: Sequence[MemoryWrite]
-) -> tuple[int | None, list[Outcome]]:
-    """Commit memories of the callers' vectors, which no encoder makes: the version, and what became of each."""
+    resources: Resources, live: LiveCollection, results: Sequence[StoredItem], ready: Sequence[tuple[int, Item]],
+    job: NewJob | None, asked: Asked | None,
+) -> tuple[int | None, list[StoredItem]]:  # fmt: skip
+    """Commit memories of the callers' vectors, which no encoder makes, with the job for the other items: the version
+    (None where nothing was written), and `results` with what became of each.
+    """
+    writes = [item.write() for _, item in ready]
     ids, vectors = [write.id for write in writes], [write.vectors for write in writes]
+    receipt: Receipt[Written] | None
     while True:
+        said, warned = list(results), live.config.duplicates == "warn"
         try:
-            if live.config.duplicates == "warn":
-                written = commit(resources, live, writes)
-                return written.version, list(zip(written.statuses, find_equal(live, ids, vectors), strict=True))
-            return commit_admitted(resources, live, writes)
+            with admitting(live):
+                alikes = [Alike()] * len(ready) if warned else find_near(live, ids, vectors)
+                places: list[tuple[int, Alike]] = []
+                taken = []
+                for (position, item), write, alike in zip(ready, writes, alikes, strict=True):
+                    if (refusal := alike.refusal(live)) is not None:
+                        said[position] = _failed(item.id, refusal)
+                    else:
+                        places.append((position, alike))
+                        taken.append(write)
+                if not taken and job is None:
+                    return None, said
+                answer = partial(_outcomes, said, places)
+                receipt = None if asked is None else Receipt(asked, partial(_receipt, answer, job))
+                written = commit(resources, live, taken, job=job, receipt=receipt)
+            said = answer(written)
+            if warned:
+                kept = written.kept
+                equal = find_equal(live, [ids[place] for place in kept], [vectors[place] for place in kept])
+                for place, alike in zip(kept, equal, strict=True):
+                    said[ready[place][0]].warnings += alike.warnings()
+            return written.version if written.kept else None, said
         except EncodersChanged:
             live = resources.successor(live)
 
@@ -299,10 +364,24 @@ def commit_admitted(
     ]
 
 
-@cache
-def _absent(dimension: int) -> NDArray[np.float32]:
-    """The block of a memory that lacks the space."""
-    return np.zeros(dimension, dtype=np.float32)
+def _outcomes(results: Sequence[StoredItem], places: Sequence[tuple[int, Alike]], written: Written) -> list[StoredItem]:
+    """`results`, with what became of the writes that are at these places of it."""
+    said = list(results)
+    for (position, alike), status in zip(places, written.statuses, strict=True):
+        item = said[position]
+        if isinstance(status, PreconditionFailed):
+            said[position] = _failed(item.id, status)
+        else:
+            warnings = [*item.warnings, *alike.warnings()]
+            said[position] = StoredItem(id=item.id, status=status, warnings=warnings)
+    return said
+
+
+def _receipt(answer: Callable[[Written], Sequence[StoredItem]], job: NewJob | None, written: Written) -> dict[str, Any]:
+    """What `_accepted_before` reads."""
+    results = [item.model_dump(exclude_defaults=True) for item in answer(written)]
+    version = written.version if written.kept else None
+    return {"version": version, "results": results, "job_id": None if job is None else job.id}
 
 
 def _given(raw: object, source: Source) -> bool:
@@ -316,12 +395,11 @@ def _check(resources: Resources, live: LiveCollection, raw: object) -> Item:
         memory = raw if isinstance(raw, MemoryInput) else MemoryInput.model_validate(raw)
     except ValidationError as error:
         raise InvalidRequest(faults(error)) from None
-    for name in memory.vectors or ():
-        if name in live.spaces and (encoder := live.spaces[name].config.encoder) is not None:
-            raise InvalidRequest(f"space {name} is filled by its encoder {encoder}; send the image or text instead")
-    vectors = {name: check_vector(vector, name, live) for name, vector in (memory.vectors or {}).items()}
+    vectors = check_vectors(memory.vectors or {}, live)
     image = None if memory.image is None else memory.image.base64
-    return checked(resources, live, memory.id or uuid.uuid4().hex, memory.text, memory.payload, vectors, image)
+    check_moment(memory.expires_at)
+    item = checked(resources, live, memory.id or new_id(), memory.text, memory.payload, vectors, image)
+    return replace(item, expires_at=memory.expires_at, if_version=memory.if_version)
 
 
 def checked(
@@ -329,8 +407,8 @@ def checked(
     vectors: Vectors, image: bytes | None,
 ) -> Item:  # fmt: skip
     """A memory whose vectors are checked, with the rest checked as well. Raises as `accept` reports."""
-    if text is not None and not text.strip():
-        raise EmptyText("the text has no characters but spaces")
+    if text is not None:
+        check_text(text)
     if payload is not None:
         check_payload(payload)
     kind: str | None = None
@@ -347,25 +425,11 @@ def checked(
     return Item(id_, text, payload, vectors, image, kind, pixels, list(warnings))
 
 
-def check_payload(payload: Mapping[str, Any]) -> None:
-    """Raises `InvalidRequest` for what cannot be kept, or found again by a filter."""
-    try:
-        json.dumps(payload, allow_nan=False)  # orjson would write a NaN as null, and say nothing
-        packed = orjson.dumps(payload)
-    except (TypeError, ValueError, RecursionError):
-        raise InvalidRequest(
-            "the payload is not JSON with finite numbers of at most 64 bits, 254 levels deep"
-        ) from None
-    if NUL.search(packed):
-        raise InvalidRequest("the payload holds the character U+0000, where SQL's texts end: no filter would find it")
-    if len(packed) > PAYLOAD_BYTES_MAX:
-        raise InvalidRequest(f"the payload is larger than {PAYLOAD_BYTES_MAX} bytes")
-
-
 def _job_item(position: int, item: Item, blob_hash: str | None) -> NewItem:
     body = {
         "position": position, "id": item.id, "text": item.text, "payload": item.payload, "blob_hash": blob_hash,
         "media_type": item.media_type, "pixels": item.pixels, "warnings": item.warnings,
+        "expires_at": item.expires_at, "if_version": item.if_version,
         "vectors": {name: base64.b64encode(vector.tobytes()).decode() for name, vector in item.vectors.items()},
     }  # fmt: skip
     return NewItem(body, blob_hash)

@@ -4,7 +4,7 @@ From outside: a `Bank` is made with a `Layout`, takes `Rows`, and gives a `View`
 """
 
 from service.bank.bank import Bank
-from service.bank.layout import Layout, Rows, SpaceLayout
+from service.bank.layout import NEVER, Layout, Rows, SpaceLayout
 from service.bank.view import Found, View
 
-__all__ = ["Bank", "Found", "Layout", "Rows", "SpaceLayout", "View"]
+__all__ = ["NEVER", "Bank", "Found", "Layout", "Rows", "SpaceLayout", "View"]

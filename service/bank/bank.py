@@ -82,6 +82,7 @@ class Bank:
         self._scan_values_max = scan_values_max
         self._quiet_s = quiet_s
         self._writing = threading.Lock()
+        self._written = threading.Condition(self._writing)
         self._sealing = threading.Lock()
         self._written_at = time.monotonic()
         self._graph_kernels: dict[str, Kernel] = {}
@@ -129,6 +130,12 @@ class Bank:
                 parts[-1] = parts[-1].appended(prepared, inverses | self._inverses(prepared, new))
             self._written_at = time.monotonic()
             self._view = self._seen(parts, version, view.kernels)
+            self._written.notify_all()
+
+    def wait_for(self, version: int, timeout_s: float) -> bool:
+        """Wait until the bank is at `version`; False if it is not within `timeout_s`."""
+        with self._written:
+            return self._written.wait_for(lambda: self._view.version >= version, timeout_s)
 
     def _inverses(self, rows: Prepared, kernels: Mapping[Named, Projection]) -> dict[Named, torch.Tensor]:
         empty = Scales(torch.zeros(0, device=self.device))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from torch import Tensor
 
 from service.core.names import Similarity
 from service.errors import InvalidRequest, InvalidVector, ItemError, UnknownSpace, WrongDimension
+
+NEVER: Final = int(np.iinfo(np.int64).max)
+"""When a memory expires that does not: after any moment, in microseconds since 1970."""
 
 
 @dataclass(frozen=True)
@@ -67,23 +71,36 @@ class Rows:
     """n memories to write, in order; of rows with one id the last counts.
 
     `vectors[space]` is (n, d_s) float32, raw, a zero row where the memory lacks the space; every space of the layout is
-    there. `payloads` are JSON bytes or None.
+    there. `payloads` are JSON bytes or None. `expires` (n,) says when each expires, in microseconds since
+    1970 or NEVER; None: none does.
     """
 
     ids: Sequence[str]
     vectors: Mapping[str, NDArray[np.float32]]
     payloads: Sequence[bytes | None]
+    expires: NDArray[np.int64] | None = None
+
+    def only(self, places: Sequence[int]) -> Rows:
+        """Some of them, by their places."""
+        chosen = list(places)
+        return Rows(
+            [self.ids[at] for at in chosen],
+            {name: block[chosen] for name, block in self.vectors.items()},
+            [self.payloads[at] for at in chosen],
+            None if self.expires is None else self.expires[chosen],
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """Rows as a segment stores them: ids differ; `vectors` (n, d_s) are unit rows under cosine, raw otherwise; `norms`
-    (n,)."""
+    (n,); `expires` (n,) int64, or None."""
 
     ids: list[str]
     vectors: dict[str, Tensor]
     norms: dict[str, Tensor]
     payloads: list[bytes | None]
+    expires: Tensor | None = None
 
 
 def unit_rows(raw: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n d"], Float[Tensor, " n"]]:
@@ -124,4 +141,8 @@ def prepare(layout: Layout, rows: Rows) -> Prepared:
         stored = unit if layout.similarity == "cosine" else block
         vectors[space.name] = stored if kept is None else stored[kept]
         norms[space.name] = norm if kept is None else norm[kept]
-    return Prepared(list(last), vectors, norms, [rows.payloads[row] for row in last.values()])
+    expires = None
+    if rows.expires is not None and int(rows.expires.min(initial=NEVER)) != NEVER:
+        expires = torch.tensor(rows.expires)
+        expires = expires if kept is None else expires[kept]
+    return Prepared(list(last), vectors, norms, [rows.payloads[row] for row in last.values()], expires)

@@ -44,6 +44,7 @@ def merge(
                 {name: block[chosen] for name, block in segment.vectors.items()},
                 {name: block[chosen] for name, block in segment.norms.items()},
                 [segment.payloads[row] for row in numbers],
+                None if segment.expires is None else segment.expires[: part.count][chosen],
             )
         )
     if graph_kernels is not None:

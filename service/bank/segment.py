@@ -9,7 +9,7 @@ Rules:
 - Deleting or replacing a row copies the part's bitmap (a byte a row: about 30 µs for a million rows), once per write.
 - Where a space has a graph over all of a segment's rows, the segment's matrix is the graph's storage. A graph leaves
   out rows that lack its space (equal rows would crowd it), and then keeps its own copy of the others.
-- A filter, or ids left out, are more dead rows: a part that is restricted is a part like any other.
+- A filter, ids left out, and what has expired are more dead rows: a part that is restricted is a part like any other.
 - A graph is of one metric: it serves the searches under the kernel that it was built on (or under none), and others
   scan. A graph under a kernel is over keys, and those are its own.
 """
@@ -28,7 +28,7 @@ from torch import Tensor
 from service.bank.filtering import Filtering
 from service.bank.index import SEARCH_DEPTH, Alive, Graph
 from service.bank.keys import Named, Projection, Scales
-from service.bank.layout import Layout, Prepared
+from service.bank.layout import NEVER, Layout, Prepared
 from service.bank.queries import Queries
 from service.core.filter import Clause
 from service.core.similarity import Kernel
@@ -72,6 +72,8 @@ class Segment:
         self.norms = {s.name: torch.zeros(capacity, device=device) for s in layout.spaces}
         self.lacking = dict.fromkeys(layout.names, 0)
         self.norm_max = 0.0
+        self.expires: Tensor | None = None
+        """(capacity,) int64, when each row expires; None while no row ever does."""
         self.ids: list[str] = []
         self.payloads: list[bytes | None] = []
         self.filtering = Filtering(self.ids, self.payloads)
@@ -93,6 +95,10 @@ class Segment:
             grown = max(stop, 2 * self.capacity)
             self.vectors = {name: _grown(block, grown, start) for name, block in self.vectors.items()}
             self.norms = {name: _grown(block, grown, start) for name, block in self.norms.items()}
+        if rows.expires is not None or (self.expires is not None and len(self.expires) < stop):
+            self._make_room_for_expiry(start)
+        if rows.expires is not None and self.expires is not None:
+            self.expires[start:stop] = rows.expires.to(self.device)
         for name in self.layout.names if rows.ids else ():
             self.norm_max = max(self.norm_max, float(rows.norms[name].max()))
             # Counted before they can be seen, so that no reader takes a lacking row for a present one.
@@ -108,6 +114,15 @@ class Segment:
         self._text_bytes += sum(map(len, rows.ids)) + STRING_BYTES * len(rows.ids)
         self._payload_bytes += sum(len(payload) + STRING_BYTES for payload in rows.payloads if payload is not None)
         self.count = stop
+
+    def _make_room_for_expiry(self, count: int) -> None:
+        before = self.expires
+        if before is not None and len(before) == self.capacity:
+            return
+        expires = torch.full((self.capacity,), NEVER, dtype=torch.int64, device=self.device)
+        if before is not None:
+            expires[:count] = before[:count]
+        self.expires = expires
 
     def newest_row(self, memory_id: str, count: int) -> int | None:
         """The last row under `count` that has this id."""
@@ -154,7 +169,9 @@ class Segment:
             "patterns": sum(block.nbytes for block in blocks),
             "keys": sum(graph.matrix.nbytes for graph in keyed),
             "graph": sum(g.size_bytes for g in self.graphs.values()) + sum(g.matrix.nbytes for g in copies),
-            "payloads": self._payload_bytes + sys.getsizeof(self.payloads),
+            "payloads": self._payload_bytes
+            + sys.getsizeof(self.payloads)
+            + (0 if self.expires is None else self.expires.nbytes),
             "columns": self.filtering.size_bytes,
             "ids": self._text_bytes
             + sys.getsizeof(self.ids)
@@ -220,6 +237,23 @@ class Part:
         alive = int(kept.sum())
         scanned = alive * self.segment.layout.dimension <= scan_values_max
         return replace(self, dead=~kept, dead_count=self.count - alive, scanned=scanned)
+
+    @cached_property
+    def soonest(self) -> int:
+        """When the first of its alive rows expires."""
+        if self.segment.expires is None or not self.alive:
+            return NEVER
+        return int(self._expires().min())
+
+    def unexpired(self, now: int) -> Part:
+        """This part without the rows that have expired by `now`."""
+        return self if now < self.soonest else self.without(torch.nonzero(self._expires() <= now).flatten())
+
+    def _expires(self) -> Int[Tensor, " count"]:
+        """When its rows expire; dead ones never do."""
+        assert self.segment.expires is not None
+        expires = self.segment.expires[: self.count]
+        return expires if self.dead is None else expires.masked_fill(self.dead[: self.count], NEVER)
 
     def _dead_bitmap(self, capacity: int) -> Bool[Tensor, " capacity"]:
         bitmap = torch.zeros(capacity, dtype=torch.bool, device=self.segment.device)

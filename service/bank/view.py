@@ -6,6 +6,7 @@ Rules:
 - Row numbers are a view's own: they mean nothing to another view. -1 stands for "no row" everywhere.
 - score = Σ_s w_s cos(x_s, ξ_s) / Σ_s w_s over the cue's spaces under cosine, cos(Wx_s, Wξ_s) where a search names a
   kernel; ⟨x, ξ⟩ under dot; −‖x − ξ‖² under neg_l2, and of raw values.
+- What has expired is not there: `at` leaves it out, and whoever answers asks a view of its moment.
 - Tensors come back on the bank's device.
 """
 
@@ -82,6 +83,7 @@ class View:
         self._matrices: dict[tuple[frozenset[Named], bool], Tensor] = {}
         self._matrices_share = 1  # one part in so many of what copies may take
         self._restricted: dict[Restriction, View] = {}
+        self._unexpired: tuple[int, View] | None = None  # the last that `at` made, and for when
 
     @property
     def norm_max(self) -> float:
@@ -109,6 +111,26 @@ class View:
         if kernels and raw:
             raise ValueError("a kernel compares directions, not raw values")
         return kernels or {}
+
+    @cached_property
+    def soonest(self) -> int:
+        """When the first memory of this view expires, in microseconds since 1970; NEVER where none does."""
+        return min(part.soonest for part in self.parts)
+
+    def at(self, now: int) -> View:
+        """This view without the memories that have expired by `now`; the same one where none has. Its rows have the
+        same numbers.
+
+        What was made last is kept until the next memory expires.
+        """
+        if now < self.soonest:
+            return self
+        if (kept := self._unexpired) is not None and kept[0] <= now < kept[1].soonest:
+            return kept[1]
+        parts = tuple(part.unexpired(now) for part in self.parts)
+        view = View(self.layout, self.device, parts, self.version, self.kernels, self.scan_values_max)
+        self._unexpired = (now, view)
+        return view
 
     def restricted(self, clause: Clause | None, exclude: frozenset[str] = frozenset()) -> View:
         """This view with those memories alone that a filter keeps, less those whose ids are in `exclude`. Its rows have

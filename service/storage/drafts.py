@@ -26,7 +26,7 @@ from service.errors import Conflict
 from service.storage.database import Database
 from service.storage.following import revise
 from service.storage.jobs import ENDED, end_job
-from service.storage.memories import Drafted, Vector, lock
+from service.storage.memories import Drafted, Vector, lock, unexpired
 from service.storage.tables import collections, gates, jobs, kernels, memories, pattern_drafts, patterns
 from service.storage.writer import Writer
 
@@ -123,7 +123,7 @@ class Drafts:
         query = (
             select(memories.c.id, memories.c.text.is_not(None), memories.c.blob_hash)
             .join(patterns)
-            .where(memories.c.collection_id == collection_id, patterns.c.space == space)
+            .where(memories.c.collection_id == collection_id, patterns.c.space == space, unexpired())
             .order_by(memories.c.key)
             .execution_options(yield_per=chunk)
         )
@@ -271,7 +271,7 @@ def _lost(collection_id: int, drafted: Drafted) -> Any:
         .select_from(memories)
         .join(pattern_drafts, drafted.of_memory(pattern_drafts))
         .join(patterns, made)
-        .where(memories.c.collection_id == collection_id, _d.vector.is_(None))
+        .where(memories.c.collection_id == collection_id, _d.vector.is_(None), unexpired())
     )
 
 

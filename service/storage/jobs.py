@@ -3,9 +3,9 @@
 Life of a job (every other change of status is refused or ignored, as the method says):
 
     queued ──claim──▶ running ──finish──▶ done
-      │                │  ▲  └──fail────▶ failed ──requeue──▶ queued
-      │                │  └─claim, once its lease has run out; after ATTEMPTS_MAX of them ──▶ dead
-      └────cancel──────┴─────────────────▶ cancelled
+      │                │  ▲  └──fail────▶ failed ──requeue, retry──▶ queued
+      │                │  └─claim, once its lease has run out; after ATTEMPTS_MAX of them ──▶ dead ──retry──▶ queued
+      └────cancel──────┴─────────────────▶ cancelled ──retry, where it had no items──▶ queued
 
 Rules:
 - A job belongs to its claimer until its lease runs out; heartbeats renew it. A claimer that died therefore loses it by
@@ -39,6 +39,7 @@ from service.storage.writer import Writer
 
 Status = Literal["queued", "running", "done", "failed", "cancelled", "dead"]
 ENDED: tuple[Status, ...] = ("done", "failed", "cancelled", "dead")
+RETRIED: tuple[Status, ...] = ("failed", "cancelled", "dead")
 
 ATTEMPTS_MAX = 5
 """Claims without progress after which a job is taken to be what kills its worker."""
@@ -74,6 +75,20 @@ class NewItem:
 
     body: dict[str, Any]
     blob_hash: str | None = None
+
+
+def _new_id() -> str:
+    return str(uuid.uuid4())
+
+
+@dataclass(frozen=True)
+class NewJob:
+    """A job to be queued with its items."""
+
+    kind: str
+    payload: dict[str, Any]
+    items: Sequence[NewItem] = ()
+    id: str = field(default_factory=_new_id)
 
 
 @dataclass(frozen=True)
@@ -117,34 +132,9 @@ class Jobs:
         self, kind: str, collection_id: int | None, payload: dict[str, Any], items: Sequence[NewItem] = ()
     ) -> str:
         """Queue a job with its items and return its id; it is on disk then. Raises `CollectionNotFound`."""
-        id_ = str(uuid.uuid4())
-        now = datetime.now(UTC)
-        job = {
-            "id": id_,
-            "collection_id": collection_id,
-            "kind": kind,
-            "status": "queued",
-            "progress": 0.0,
-            "payload": payload,
-            "attempts": 0,
-            "created_at": now,
-            "updated_at": now,
-        }
-
-        def run(connection: Connection) -> None:
-            try:
-                key = connection.execute(insert(jobs).returning(jobs.c.key), job).scalar_one()
-            except IntegrityError:
-                raise CollectionNotFound("The collection was deleted.") from None
-            if items:
-                rows = [
-                    {"job_key": key, "position": i, "body": item.body, "blob_hash": item.blob_hash, "status": "queued"}
-                    for i, item in enumerate(items)
-                ]
-                connection.execute(insert(job_items), rows)
-
-        self._writer.submit(run)
-        return id_
+        job = NewJob(kind, payload, items)
+        self._writer.submit(lambda connection: insert_job(connection, collection_id, job))
+        return job.id
 
     def claim(self, kinds: Sequence[str], owner: str, lease_s: float = LEASE_S) -> Job | None:
         """Take the oldest job of these kinds that is queued, or running with a lease that has run out; None if there is
@@ -250,6 +240,28 @@ class Jobs:
 
         return self._writer.submit(run)
 
+    def retry(self, id_: str) -> Job:
+        """Queue a job again that failed, died or was cancelled; it goes on at its first item without an answer.
+
+        Raises `OperationNotFound`, and `Conflict` if it is done, under way, or was cancelled and let go of its items.
+        """
+        again = {"status": "queued", "error": None, "result": None, "attempts": 0, "updated_at": datetime.now(UTC)}
+
+        def run(connection: Connection) -> Job:
+            job = _get(connection, id_)
+            if job.status not in RETRIED:
+                raise Conflict(
+                    f"The operation {id_} is {job.status}: only one that failed, died or was cancelled can be retried."
+                )
+            if job.status == "cancelled" and job.payload.get("items"):
+                raise Conflict(
+                    f"The operation {id_} was cancelled, and what it had not done by then is gone: send it again."
+                )
+            connection.execute(update(jobs).where(jobs.c.id == id_).values(again))
+            return _get(connection, id_)
+
+        return self._writer.submit(run)
+
     def cancel(self, id_: str) -> Job:
         """Cancel a job that is queued or running; one cancelled before stays so. What it has already done is kept.
 
@@ -331,6 +343,25 @@ class Jobs:
         before = datetime.now(UTC) - timedelta(seconds=older_than_s)
         old = delete(jobs).where(jobs.c.status.in_(ENDED), jobs.c.updated_at <= before)
         return self._writer.submit(lambda connection: connection.execute(old).rowcount)
+
+
+def insert_job(connection: Connection, collection_id: int | None, job: NewJob) -> None:
+    """Queue a job in the caller's transaction. Raises `CollectionNotFound`."""
+    now = datetime.now(UTC)
+    row = {
+        "id": job.id, "collection_id": collection_id, "kind": job.kind, "status": "queued", "progress": 0.0,
+        "payload": job.payload, "attempts": 0, "created_at": now, "updated_at": now,
+    }  # fmt: skip
+    try:
+        key = connection.execute(insert(jobs).returning(jobs.c.key), row).scalar_one()
+    except IntegrityError:
+        raise CollectionNotFound("The collection was deleted.") from None
+    if job.items:
+        rows = [
+            {"job_key": key, "position": i, "body": item.body, "blob_hash": item.blob_hash, "status": "queued"}
+            for i, item in enumerate(job.items)
+        ]
+        connection.execute(insert(job_items), rows)
 
 
 def answer_items(connection: Connection, job_id: str, answers: Sequence[ItemAnswer]) -> None:

@@ -1,19 +1,20 @@
-"""Memories and their patterns: writing, reading one, and streaming all to a bank.
+"""Memories and their patterns: reading one, and streaming all to a bank. They are written in `writes` and `updates`.
 
 Rules:
-- A batch is one transaction and takes one version: the collection's next number, under the collection's row lock.
-- Storing an id that exists replaces all of the memory (text, payload, original, patterns); its place in the order
-  stays.
+- A write takes the collection's next version, under the collection's row lock.
+- A memory that has expired is not there for whoever asks for it; only a bank's load still meets it, with its moment.
+- A moment is a whole number of microseconds since 1970, here and in the bank, so that both compare the same.
 - Nothing is done per value in Python: a vector is one bytes object on the way in, and a chunk of them one copy on the
   way out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Literal
 
 import numpy as np
@@ -25,19 +26,16 @@ from sqlalchemy import (
     Row,
     and_,
     bindparam,
-    delete,
     func,
-    insert,
+    or_,
     select,
     type_coerce,
     union,
     update,
 )
 
-from service.errors import CollectionNotFound, EncodersChanged, MemoryNotFound
+from service.errors import CollectionNotFound, MemoryNotFound, PreconditionFailed
 from service.storage.database import Database
-from service.storage.following import note_deleted
-from service.storage.jobs import ItemAnswer, JobItems, answer_items
 from service.storage.tables import collections, deletions, job_items, jobs, memories, pattern_drafts, patterns
 from service.storage.writer import Writer
 
@@ -55,7 +53,8 @@ _DESCRIBE = select(memories.c.id, memories.c.text, memories.c.blob_hash.is_not(N
 
 @dataclass(frozen=True, eq=False)
 class MemoryWrite:
-    """A memory to be stored. `vectors` maps a space to its block, (dimension,) float32."""
+    """A memory to be stored. `vectors` maps a space to its block, (dimension,) float32. `if_version`: the version that
+    the memory must be at (0: it must not be there); None: any."""
 
     id: str
     text: str | None = None
@@ -63,14 +62,24 @@ class MemoryWrite:
     blob_hash: str | None = None
     media_type: str | None = None
     vectors: Mapping[str, Vector] = field(default_factory=dict)
+    expires_at: int | None = None
+    if_version: int | None = None
+
+
+Status = Literal["stored", "updated"] | PreconditionFailed
 
 
 @dataclass(frozen=True)
 class Written:
-    """The batch's version, and what became of each write, in order."""
+    """The collection's version after (unchanged if nothing was written), and what became of each write, in order."""
 
     version: int
-    statuses: list[Literal["stored", "updated"]]
+    statuses: list[Status]
+
+    @property
+    def kept(self) -> list[int]:
+        """The places of the writes that were not refused."""
+        return [place for place, status in enumerate(self.statuses) if not isinstance(status, PreconditionFailed)]
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,7 @@ class Memory:
     media_type: str | None
     created_at: datetime
     updated_at: datetime
+    expires_at: int | None
     spaces: tuple[str, ...]
 
 
@@ -109,11 +119,12 @@ class Description:
 @dataclass(frozen=True, eq=False)
 class PatternChunk:
     """Rows of a collection in order: `vectors[space]` is (rows, dimension) float32, zero where a memory lacks the
-    space; payloads are JSON."""
+    space; payloads are JSON; `expires` are moments, None for a memory that does not expire."""
 
     ids: list[str]
     vectors: dict[str, Vector]
     payloads: list[bytes | None]
+    expires: list[int | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,82 +158,14 @@ class Memories:
     _database: Database
     _writer: Writer
 
-    def put_memories(
-        self,
-        collection_id: int,
-        writes: Sequence[MemoryWrite],
-        answering: Sequence[JobItems] = (),
-        then: Callable[[Written], None] = lambda _: None,
-        generation: int | None = None,
-    ) -> Written:
-        """Store or replace memories in one transaction, under one version; of writes with one id the last wins.
-
-        The items of jobs that the writes are, job by job in the writes' order, are answered in the same transaction:
-        {"id", "status", "version"} and the notes. `then` as in `Writer.submit`. `generation`: the collection's, when
-        the vectors were made. Raises `CollectionNotFound`, `EncodersChanged` (it has another generation now: the
-        vectors are of a former encoder), `Conflict` (a job no longer runs, or its items are answered), and as
-        `Writer.submit` does.
-        """
-        winners = {write.id: write for write in writes}
-        blocks = {
-            write.id: [(space, len(vector), _to_bytes(vector)) for space, vector in write.vectors.items()]
-            for write in winners.values()
-        }
-
-        def run(connection: Connection) -> Written:
-            before, now = lock(connection, collection_id)
-            if generation not in (None, now):
-                raise EncodersChanged("an encoder of the collection changed after these memories were encoded")
-            version = before + 1
-            keys = _keys(connection, collection_id, list(winners))
-            statuses = _statuses(writes, known=keys)
-            _write_memories(connection, collection_id, version, list(winners.values()), keys)
-            rows = [
-                {"memory_key": keys[id_], "space": space, "dtype": "f4", "dimension": dimension, "vector": vector}
-                for id_, spaces in blocks.items()
-                for space, dimension, vector in spaces
-            ]
-            if rows:
-                connection.execute(insert(patterns), rows)
-            set_version(connection, collection_id, version)
-            done = zip(writes, statuses, strict=True)
-            for job in answering:
-                notes = job.notes or [{}] * len(job.positions)
-                answers = [
-                    ItemAnswer(position, "done", {**note, "id": write.id, "status": status, "version": version})
-                    for position, note, (write, status) in zip(job.positions, notes, done, strict=False)
-                ]
-                answer_items(connection, job.job_id, [*answers, *job.failed])
-            return Written(version, statuses)
-
-        return self._writer.submit(run, then)
-
-    def delete_memories(
-        self, collection_id: int, ids: Sequence[str], then: Callable[[Deleted], None] = lambda _: None
-    ) -> Deleted:
-        """Delete memories and their patterns in one transaction; ids that do not exist are passed over. Raises
-        `CollectionNotFound`."""
-
-        def run(connection: Connection) -> Deleted:
-            version = lock_version(connection, collection_id)
-            keys = _keys(connection, collection_id, ids)
-            if not keys:
-                return Deleted(version, [])
-            connection.execute(
-                delete(memories).where(memories.c.key == bindparam("this")), [{"this": key} for key in keys.values()]
-            )
-            set_version(connection, collection_id, version + 1)
-            note_deleted(connection, collection_id, version + 1, list(keys))
-            return Deleted(version + 1, [id_ for id_ in dict.fromkeys(ids) if id_ in keys])
-
-        return self._writer.submit(run, then)
-
     def get_memory(self, collection_id: int, id_: str) -> Memory:
         """Raises `MemoryNotFound`."""
         c = memories.c
-        columns = (c.version, c.text, c.payload, c.blob_hash, c.media_type, c.created_at, c.updated_at)
+        columns = (
+            c.version, c.text, c.payload, c.blob_hash, c.media_type, c.created_at, c.updated_at, c.expires_at,
+        )  # fmt: skip
         with self._database.read() as connection:
-            values: dict[str, Any] = dict(_find(connection, collection_id, id_, *columns)._mapping)
+            values: dict[str, Any] = dict(find(connection, collection_id, id_, *columns)._mapping)
             spaces = (
                 select(patterns.c.space).where(patterns.c.memory_key == values.pop("key")).order_by(patterns.c.space)
             )
@@ -232,7 +175,7 @@ class Memories:
         """Of those of `ids` that are stored now, in one query for each `IN_MAX` of them."""
         found: dict[str, Description] = {}
         with self._database.read() as connection:
-            for part in _parts(ids):
+            for part in parts_of(ids):
                 rows = connection.execute(_DESCRIBE, {"collection": collection_id, "ids": part})
                 found.update((id_, Description(text, bool(kept))) for id_, text, kept in rows)
         return found
@@ -244,6 +187,11 @@ class Memories:
         with self._database.read() as connection:
             return connection.execute(select(memories.c.key).where(some).limit(1)).first() is not None
 
+    def version_of(self, collection_id: int) -> int:
+        """The number of the collection's last write. Raises `CollectionNotFound`."""
+        with self._database.read() as connection:
+            return read_version(connection, collection_id)
+
     def count_since(self, collection_id: int, version: int) -> int:
         """How many memories were last written after `version`."""
         query = select(func.count()).where(memories.c.collection_id == collection_id, memories.c.version > version)
@@ -253,7 +201,7 @@ class Memories:
     def get_vectors(self, collection_id: int, id_: str) -> dict[str, Vector]:
         """The memory's blocks by space, each (dimension,) float32. Raises `MemoryNotFound`."""
         with self._database.read() as connection:
-            key = _find(connection, collection_id, id_)[0]
+            key = find(connection, collection_id, id_)[0]
             rows = connection.execute(select(patterns.c.space, patterns.c.vector).where(patterns.c.memory_key == key))
             return {space: from_bytes([vector], len(vector) // 4)[0] for space, vector in rows}
 
@@ -294,19 +242,23 @@ class Memories:
         wanted: list[ColumnElement[bool]] = [] if ids is None else [memories.c.id.in_(ids)]
         wanted += [] if since is None else [memories.c.version > since]
         rows = (
-            select(memories.c.id, type_coerce(memories.c.payload, LargeBinary), *(block.c.vector for block in blocks))
+            select(
+                memories.c.id, type_coerce(memories.c.payload, LargeBinary), memories.c.expires_at,
+                *(block.c.vector for block in blocks),
+            )
             .select_from(joined)
             .where(memories.c.collection_id == collection_id, *wanted)
             .order_by(memories.c.key)
             .execution_options(yield_per=chunk)
-        )
+        )  # fmt: skip
 
         def chunks(connection: Connection) -> Generator[PatternChunk, None, None]:
             with connection.execute(rows) as result:  # closed, too, where the stream is left early
                 for part in result.partitions():
-                    ids, payloads, *vectors = map(list, zip(*part, strict=True))
+                    ids, payloads, expires, *vectors = map(list, zip(*part, strict=True))
                     named = zip(spaces, vectors, strict=True)
-                    yield PatternChunk(ids, {space: from_bytes(each, size) for (space, size), each in named}, payloads)
+                    blocks = {space: from_bytes(each, size) for (space, size), each in named}
+                    yield PatternChunk(ids, blocks, payloads, expires)
 
         with self._database.read() as connection:
             version = read_version(connection, collection_id)
@@ -328,10 +280,19 @@ class Memories:
         """Those of `hashes` that a memory, or an item of a job, still names."""
         used: set[str] = set()
         with self._database.read() as connection:
-            for part in _parts(hashes):
+            for part in parts_of(hashes):
                 named = (select(c.blob_hash).where(c.blob_hash.in_(part)) for c in (memories.c, job_items.c))
                 used.update(connection.execute(union(*named)).scalars())
         return used
+
+
+def microseconds_now() -> int:
+    return time.time_ns() // 1000
+
+
+def unexpired() -> ColumnElement[bool]:
+    """That a memory is still there now."""
+    return or_(memories.c.expires_at.is_(None), memories.c.expires_at > microseconds_now())
 
 
 def lock(connection: Connection, collection_id: int) -> tuple[int, int]:
@@ -373,69 +334,21 @@ def _deleted_since(connection: Connection, collection_id: int, version: int) -> 
     return list(connection.execute(select(c.id).where(c.collection_id == collection_id, c.version > version)).scalars())
 
 
-def _write_memories(
-    connection: Connection, collection_id: int, version: int, writes: Sequence[MemoryWrite], keys: dict[str, int]
-) -> None:
-    """Insert the memories that `keys` does not know, adding their keys to it; replace the others and drop their
-    patterns."""
-    now = datetime.now(UTC)
-    rows: dict[bool, list[dict[str, Any]]] = {True: [], False: []}  # by whether the memory exists
-    for write in writes:
-        row = {
-            "collection_id": collection_id,
-            "id": write.id,
-            "version": version,
-            "text": write.text,
-            "payload": write.payload,
-            "blob_hash": write.blob_hash,
-            "media_type": write.media_type,
-            "updated_at": now,
-        }
-        known = write.id in keys
-        rows[known].append({**row, "this": keys[write.id]} if known else {**row, "created_at": now})
-    if rows[True]:
-        replaced = [{"this": row["this"]} for row in rows[True]]
-        connection.execute(delete(patterns).where(patterns.c.memory_key == bindparam("this")), replaced)
-        connection.execute(update(memories).where(memories.c.key == bindparam("this")), rows[True])
-    if rows[False]:
-        inserted = connection.execute(insert(memories).returning(memories.c.id, memories.c.key), rows[False])
-        keys.update((id_, key) for id_, key in inserted)
-
-
-def _statuses(writes: Sequence[MemoryWrite], known: Mapping[str, int]) -> list[Literal["stored", "updated"]]:
-    seen = set(known)
-    statuses: list[Literal["stored", "updated"]] = []
-    for write in writes:
-        statuses.append("updated" if write.id in seen else "stored")
-        seen.add(write.id)
-    return statuses
-
-
-def _keys(connection: Connection, collection_id: int, ids: Sequence[str]) -> dict[str, int]:
-    """The keys of those of `ids` that exist."""
-    keys: dict[str, int] = {}
-    for part in _parts(ids):
-        query = select(memories.c.id, memories.c.key).where(
-            memories.c.collection_id == collection_id, memories.c.id.in_(part)
-        )
-        keys.update((id_, key) for id_, key in connection.execute(query))
-    return keys
-
-
-def _find(connection: Connection, collection_id: int, id_: str, *columns: Any) -> Row[Any]:
+def find(connection: Connection, collection_id: int, id_: str, *columns: Any) -> Row[Any]:
     """The key of a memory, then `columns`. Raises `MemoryNotFound`."""
-    query = select(memories.c.key, *columns).where(memories.c.collection_id == collection_id, memories.c.id == id_)
+    this = (memories.c.collection_id == collection_id) & (memories.c.id == id_) & unexpired()
+    query = select(memories.c.key, *columns).where(this)
     row = connection.execute(query).one_or_none()
     if row is None:
         raise MemoryNotFound(f"There is no memory {id_!r}.")
     return row
 
 
-def _parts(values: Sequence[str]) -> Iterator[Sequence[str]]:
+def parts_of(values: Sequence[str]) -> Iterator[Sequence[str]]:
     return (values[start : start + IN_MAX] for start in range(0, len(values), IN_MAX))
 
 
-def _to_bytes(vector: Vector) -> bytes:
+def to_bytes(vector: Vector) -> bytes:
     return np.ascontiguousarray(vector, dtype="<f4").tobytes()
 
 

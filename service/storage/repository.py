@@ -1,5 +1,5 @@
-"""All rows of one database behind one object: collections here; memories (and the choice among them), drafts, jobs,
-API keys and what was learned in the modules of their names.
+"""All rows of one database behind one object: collections here; memories (their writes, updates and receipts, and the
+choice among them), drafts, jobs, API keys and what was learned in the modules of their names.
 
 Rules:
 - Whoever writes goes through the `Writer` and is answered after the commit; whoever reads sees one state of the
@@ -26,10 +26,13 @@ from service.storage.jobs import Jobs
 from service.storage.keys import ApiKeys
 from service.storage.learned import Learned
 from service.storage.memories import Memories
+from service.storage.receipts import Receipts
 from service.storage.selection import Selection
 from service.storage.streaming import Streaming
 from service.storage.tables import collections, memories, name_versions
+from service.storage.updates import Updates
 from service.storage.writer import Writer
+from service.storage.writes import Writes
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Collection:
     revision: int = 0
 
 
-class Repository(Memories, Selection, Streaming, Drafts, Jobs, Learned, ApiKeys, Following):
+class Repository(Memories, Writes, Updates, Receipts, Selection, Streaming, Drafts, Jobs, Learned, ApiKeys, Following):
     """Everything stored in one database. Safe to use from several threads."""
 
     def __init__(self, database: Database, writer: Writer) -> None:

@@ -19,7 +19,7 @@ from service.storage.database import Database
 from service.storage.dialects import Postgres, Sqlite
 from service.storage.filtering import Expression
 from service.storage.following import note_deleted
-from service.storage.memories import IN_MAX, Deleted, Memory, lock_version, read_version, set_version
+from service.storage.memories import IN_MAX, Deleted, Memory, lock_version, read_version, set_version, unexpired
 from service.storage.tables import memories, patterns
 from service.storage.writer import Writer
 
@@ -29,6 +29,7 @@ DELETED_AT_ONCE = 5_000
 _c = memories.c
 _COLUMNS: tuple[Any, ...] = (
     _c.key, _c.id, _c.version, _c.text, _c.payload, _c.blob_hash, _c.media_type, _c.created_at, _c.updated_at,
+    _c.expires_at,
 )  # fmt: skip
 
 
@@ -66,7 +67,7 @@ class Selection:
             rows: list[Row[Any]] = []
             for start in range(0, len(wanted), IN_MAX):
                 some = wanted[start : start + IN_MAX]
-                rows += connection.execute(select(*_COLUMNS).where(_c.collection_id == collection_id, _c.id.in_(some)))
+                rows += connection.execute(select(*_COLUMNS).where(self._kept(collection_id, None), _c.id.in_(some)))
             found = {memory.id: memory for memory in _memories(connection, rows)}
         return Page(version, [found[id_] for id_ in wanted if id_ in found], None)
 
@@ -114,7 +115,7 @@ class Selection:
                 return Deleted(deleted.version, ids)
 
     def _kept(self, collection_id: int, clause: Clause | None) -> ColumnElement[bool]:
-        this: ColumnElement[bool] = _c.collection_id == collection_id
+        this: ColumnElement[bool] = and_(_c.collection_id == collection_id, unexpired())
         if clause is None or clause.empty:
             return this
         kept: TextClause = Expression(clause, Postgres() if self._database.is_postgres else Sqlite()).bound()

@@ -33,6 +33,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    text,
 )
 
 
@@ -125,12 +126,17 @@ memories = Table(
     Column("media_type", Text),
     Column("created_at", Time, nullable=False),
     Column("updated_at", Time, nullable=False),
+    Column("expires_at", BigInteger),  # in microseconds since 1970, as in the bank; NULL: never
     UniqueConstraint("collection_id", "id", name="uq_memories_id"),
     Index("ix_memories_order", "collection_id", "key"),  # a bank loads a collection in the order of its keys
     Index("ix_memories_blob", "blob_hash"),
     Index("ix_memories_version", "collection_id", "version"),  # what was written since
+    Index(  # of those that expire alone: the others pay nothing
+        "ix_memories_expires_at", "collection_id", "expires_at",
+        sqlite_where=text("expires_at IS NOT NULL"), postgresql_where=text("expires_at IS NOT NULL"),
+    ),
     sqlite_autoincrement=True,
-)
+)  # fmt: skip
 
 patterns = Table(
     "patterns",
@@ -162,6 +168,20 @@ pattern_drafts = Table(  # a space's patterns under another encoder, until they 
         name="ck_pattern_drafts_vector",
     ),
     Index("ix_pattern_drafts_memory", "memory_key"),
+)
+
+receipts = Table(  # what was answered to a request that has a key of its own, for when it comes again
+    "receipts",
+    metadata,
+    Column(
+        "collection_id", ForeignKey("collections.id", name="fk_receipts_collection", ondelete="CASCADE"), nullable=False
+    ),
+    Column("idempotency_key", Text, nullable=False),
+    Column("digest", String(64), nullable=False),  # of what was asked
+    Column("reply", Json, nullable=False),
+    Column("created_at", Time, nullable=False),
+    PrimaryKeyConstraint("collection_id", "idempotency_key", name="pk_receipts"),
+    Index("ix_receipts_created_at", "created_at"),
 )
 
 gates = Table(

@@ -312,10 +312,10 @@ with Engine(Settings(data=Path(sys.argv[1]))) as engine:
             os.kill(os.getpid(), 9)  # encoded, and not committed
         return whole(*given, **named)
 
-    engine.repository.put_memories = dying
     for job in range(4):
         memories = [{"id": f"{job}-{i}", "image": {"base64": png(i, 100 + job)}} for i in range(150)]
         engine.store("c", StoreRequest(memories=memories, wait=False))
+    engine.repository.put_memories = dying
     with running(engine):
         time.sleep(60)
 """

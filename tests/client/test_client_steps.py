@@ -173,13 +173,13 @@ def test_what_another_attempt_would_meet_as_well_is_raised_at_once(error: Engram
 def test_only_what_is_safe_to_repeat_is_asked_again() -> None:
     here = Asking(Options()).collection("c")
     stored = {"version": 1, "results": []}
-    pauses, _ = attempts(here._stored([{"id": "a"}], True), [TooBusy("now")], stored)
-    assert len(pauses) == 1
-    for steps in (
-        here._stored([{"id": "a"}, {"text": "b"}], True),
-        here.train("gate", None, None, {}),
-        here.delete("a", None, False),
-    ):
+    for steps in (here._stored([{"id": "a"}, {"text": "b"}], True), here._stored([{"text": "b"}], True)):
+        pauses, calls = attempts(steps, [TooBusy("now")], stored)
+        assert len(pauses) == 1
+        first, again = [call.body for call in calls if isinstance(call, Call)]
+        assert first == again is not None
+        assert first["idempotency_key"]
+    for steps in (here.train("gate", None, None, {}), here.delete("a", None, False, None)):
         with pytest.raises(TooBusy):
             attempts(steps, [TooBusy("now")], stored)
     assert {name for name, operation in OPERATIONS.items() if operation.method == "GET"} <= {

@@ -49,7 +49,10 @@ def described(connection: Connection) -> dict[str, object]:
             "primary key": inspector.get_pk_constraint(table)["constrained_columns"],
             "foreign keys": inspector.get_foreign_keys(table),
             "unique": inspector.get_unique_constraints(table),
-            "indexes": sorted(inspector.get_indexes(table), key=lambda index: str(index["name"])),
+            "indexes": sorted(
+                (str(i["name"]), i["column_names"], i["unique"], str(i.get("dialect_options", {}).get("sqlite_where")))
+                for i in inspector.get_indexes(table)
+            ),
             "checks": inspector.get_check_constraints(table),
             "keys used once": "AUTOINCREMENT"
             in connection.execute(text("SELECT sql FROM sqlite_master WHERE name = :t"), {"t": table}).scalar_one(),

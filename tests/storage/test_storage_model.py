@@ -10,12 +10,21 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from service.errors import CollectionExists, CollectionNotFound, Conflict, EncodersChanged
+from service.errors import (
+    CollectionExists,
+    CollectionNotFound,
+    Conflict,
+    EncodersChanged,
+    InvalidRequest,
+    MemoryNotFound,
+    PreconditionFailed,
+)
 from service.storage.database import Database
 from service.storage.drafts import Draft, Swapped
 from service.storage.memories import Drafted, MemoryWrite
 from service.storage.repository import Repository
 from service.storage.tables import collections, name_versions
+from service.storage.updates import MemoryChange
 from service.storage.writer import Writer
 
 NAMES = st.sampled_from(["a", "b"])
@@ -97,6 +106,62 @@ class StorageMachine(RuleBasedStateMachine):
         self.versions[name] += bool(existing)
         deleted = self.repository.delete_memories(self.repository.get_collection(name).id, ids)
         assert (deleted.version, deleted.ids) == (self.versions[name], existing)
+
+    @rule(name=NAMES, id_=IDS, given=st.sets(st.sampled_from(["x", "y"])), gone=st.sets(st.sampled_from(["x", "y"])),
+          behind=st.none() | st.integers(0, 1))  # fmt: skip
+    def change(self, name, id_, given, gone, behind):
+        """Some spaces get another vector, some go, the rest stays; perhaps on a version that it has, or has not."""
+        if name not in self.collections:
+            return
+        memory, collection = self.collections[name].get(id_), self.repository.get_collection(name)
+        at = None
+        if behind is not None:
+            at = behind or 10**6 if memory is None else self.repository.get_memory(collection.id, id_).version + behind
+        self.writes += 1
+        vectors = dict.fromkeys(gone)
+        vectors |= {space: np.full(size, self.writes, np.float32) for space, size in SPACES if space in given}
+        try:
+            changed = self.repository.change_memory(collection.id, id_, MemoryChange(vectors=vectors, if_version=at))
+        except MemoryNotFound:
+            assert memory is None
+        except PreconditionFailed:
+            assert behind
+        except InvalidRequest:
+            assert not given
+            assert {*memory} <= gone
+        else:
+            self.versions[name] += 1
+            assert changed.version == self.versions[name]
+            assert behind in (None, 0)
+            for space, vector in vectors.items():
+                if vector is not None:
+                    memory[space] = vector.tolist()
+                else:
+                    memory.pop(space, None)
+
+    @rule(name=NAMES, ids=st.lists(IDS, min_size=1, max_size=3, unique=True), again=st.none() | IDS)
+    def expire(self, name, ids, again):
+        """Memories that have expired are not there; one may be stored anew before the others are deleted."""
+        if name not in self.collections:
+            return
+        repository, memories = self.repository, self.collections[name]
+        collection = repository.get_collection(name)
+        repository.put_memories(collection.id, [MemoryWrite(id_, expires_at=1) for id_ in ids])
+        for id_ in ids:
+            memories.pop(id_, None)
+        found = repository.scroll(collection.id, None, 0, 10)
+        assert [each.id for each in found.memories] == list(memories)
+        assert repository.delete_memories(collection.id, ids).ids == []
+        self.versions[name] += 1
+        if again is not None:
+            there = again in memories
+            (status,) = repository.put_memories(collection.id, [MemoryWrite(again, if_version=0)]).statuses
+            assert isinstance(status, PreconditionFailed) if there else status == "stored"
+            self.versions[name] += not there
+            memories.setdefault(again, {})
+        left = len({*ids} - {again})
+        assert repository.delete_expired(collection.id) == left
+        self.versions[name] += bool(left)
 
     @rule(
         name=NAMES,
