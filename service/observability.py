@@ -57,6 +57,24 @@ class Metrics:
         self.encode_cache_bytes = Gauge(
             "engram_encode_cache_bytes", "Held by remembered vectors", registry=self.registry
         )
+        self.encode_batch = Histogram(
+            "engram_encode_batch_items", "Items that an encoder was given at once", ["encoder", "source"],
+            buckets=(1, 2, 4, 8, 16, 32, 64), registry=self.registry,
+        )  # fmt: skip
+        self.gate_margin = Histogram(
+            "engram_gate_margin", "Score of a judged cue less its threshold: over 0 it is accepted", ["collection"],
+            buckets=(-0.5, -0.2, -0.1, -0.05, -0.02, 0, 0.02, 0.05, 0.1, 0.2, 0.5), registry=self.registry,
+        )  # fmt: skip
+        self.jobs_waiting = Gauge(
+            "engram_jobs_waiting", "Jobs queued, of all servers of the database", ["kind"], registry=self.registry
+        )
+        self.jobs_oldest_s = Gauge(
+            "engram_jobs_oldest_seconds", "Age of the oldest of these", ["kind"], registry=self.registry
+        )
+        self.bank_lag = Gauge(
+            "engram_bank_lag_versions", "Versions by which a bank was behind its database when it last looked",
+            ["collection"], registry=self.registry,
+        )  # fmt: skip
         # By the names of keys, of which there are a thousand at most. Requests without a key are not here.
         self.key_requests = Counter("engram_key_requests", "Requests let in", ["key"], registry=self.registry)
         self.key_bytes = Counter("engram_key_bytes_in", "Bytes of bodies received", ["key"], registry=self.registry)
@@ -66,6 +84,8 @@ class Metrics:
         self.key_recalls = Counter("engram_key_recalls", "Cues recalled", ["key"], registry=self.registry)
         self._by_key = tuple(map(_Children, (self.key_requests, self.key_bytes, self.key_stored, self.key_recalls)))
         self._recalls = _Children(self.recalls)
+        self._margins = _Children(self.gate_margin)
+        self._kinds_waiting: set[str] = set()
         self._stages = _Children(self.recall_seconds)
         self._requests = _Children(self.requests)
         self._calls = _Children(self.calls)
@@ -77,6 +97,19 @@ class Metrics:
             self._stages[stage,].observe(seconds)
         for verdict in verdicts:
             self._recalls[collection, verdict or "error"].inc()
+
+    def judged(self, collection: str, margin: float) -> None:
+        self._margins[collection,].observe(margin)
+
+    def queued(self, waiting: Mapping[str, tuple[int, float]]) -> None:
+        """Note how many jobs of each kind wait, and the age in seconds of the oldest."""
+        for kind in self._kinds_waiting.difference(waiting):
+            self.jobs_waiting.labels(kind).set(0)
+            self.jobs_oldest_s.labels(kind).set(0)
+        for kind, (number, oldest_s) in waiting.items():
+            self.jobs_waiting.labels(kind).set(number)
+            self.jobs_oldest_s.labels(kind).set(oldest_s)
+        self._kinds_waiting.update(waiting)
 
     def looked_up(self, encoder: str, source: str, hit: bool) -> None:
         self._encodings[encoder, source, "hit" if hit else "miss"].inc()
@@ -107,6 +140,9 @@ class Metrics:
         for labels in [labels for labels in list(self._recalls) if labels[0] == collection]:
             self._recalls.pop(labels, None)
             _remove(self.recalls, *labels)
+        self._margins.pop((collection,), None)
+        _remove(self.gate_margin, collection)
+        _remove(self.bank_lag, collection)
         _remove(self.stored, collection)
         _remove(self.memories, collection)
 

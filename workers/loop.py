@@ -92,8 +92,8 @@ class Worker(threading.Thread):
 
 
 class Housekeeper(threading.Thread):
-    """Looks each second whether a bank should be sealed and which keys there are, four times a minute for what has
-    expired, and each hour after what storage no longer needs.
+    """Looks each second whether a bank should be sealed, which keys there are and what is queued, four times a minute for
+    what has expired, and each hour after what storage no longer needs.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -103,7 +103,12 @@ class Housekeeper(threading.Thread):
 
     def run(self) -> None:
         engine = self._engine
-        every_s = {engine.follow_keys: SEAL_POLL_S, engine.expire: EXPIRE_S, engine.housekeep: HOUSEKEEPING_S}
+        every_s = {
+            engine.follow_keys: SEAL_POLL_S,
+            engine.watch_queue: SEAL_POLL_S,
+            engine.expire: EXPIRE_S,
+            engine.housekeep: HOUSEKEEPING_S,
+        }
         due = dict.fromkeys(every_s, 0.0)
         while not self._stopping.wait(SEAL_POLL_S):
             engine.seal()

@@ -94,6 +94,9 @@ class EncodeCache:
     def count(self, encoder: Encoder, source: Source, hit: bool) -> None:
         self._metrics.looked_up(encoder.name, source, hit)
 
+    def count_batch(self, encoder: Encoder, source: Source, items: int) -> None:
+        self._metrics.encode_batch.labels(encoder.name, source).observe(items)
+
     def keep(self, parts: Parts, need: Need, row: Row) -> None:
         content = _content(parts, need[1])
         if content is None:
@@ -127,6 +130,8 @@ def encode(
     failed: dict[int, EngramError] = {}
     for (encoder, source), members in needing.items():
         need = (encoder.fingerprint, source)
+        if cache is not None:
+            cache.count_batch(encoder, source, len(members))
         for i, row in zip(members, _run(encoder, source, [items[i][0] for i in members]), strict=True):
             if isinstance(row, EngramError):
                 failed[i] = row

@@ -315,6 +315,9 @@ class Engine:
     def recall_reply(self, prepared: PreparedRecall, recalled: Recalled) -> RecallReply:
         spent = {**recalled.stages, "encode": prepared.encode_s, "total": time.perf_counter() - prepared.started}
         self.resources.metrics.recalled(prepared.live.name, spent, (result["verdict"] for result in recalled.results))
+        for result in recalled.results:
+            if (gate := result["gate"]) is not None:
+                self.resources.metrics.judged(prepared.live.name, gate["score"] - gate["threshold"])
         self.resources.metrics.used(CALLER.get().name, recalls=len(recalled.results))
         timings = {stage: round(1000 * spent.get(stage, 0.0), 3) for stage in STAGES}
         return {"version": recalled.version, "results": recalled.results, "timings_ms": cast(Timings, timings)}
@@ -471,6 +474,10 @@ class Engine:
             KERNEL_JOB: partial(run_kernel_job, self.resources),
             REENCODE_JOB: partial(run_reencode_job, self.resources),
         }
+
+    def watch_queue(self) -> None:
+        """Let the metrics say what waits. Raises `StorageUnavailable`, `TooBusy`."""
+        self.resources.metrics.queued(self.repository.queued_jobs())
 
     def seal(self) -> None:
         """Start sealing wherever it is due; it goes on in the background."""

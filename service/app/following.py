@@ -81,7 +81,9 @@ class Follower:
             return
         if live.generation > head.generation:  # this server has changed it since the heads were read
             return
-        if live.bank.version < head.version:
+        lag = head.version - live.bank.version
+        self._resources.metrics.bank_lag.labels(head.name).set(max(0, lag))
+        if lag > 0:
             live.catch_up()
         if live.revision < head.revision and not collections.relearn(self._resources, live):
             self._load(head)

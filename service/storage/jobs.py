@@ -29,7 +29,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import takewhile
 from typing import Any, Literal
 
-from sqlalchemy import Connection, bindparam, delete, insert, or_, select, update
+from sqlalchemy import Connection, bindparam, delete, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from service.errors import CollectionNotFound, Conflict, OperationNotFound
@@ -288,6 +288,14 @@ class Jobs:
         active = (c.collection_id == collection_id) & (c.kind == kind) & c.status.not_in(ENDED)
         with self._database.read() as connection:
             return connection.execute(select(c.id).where(active).limit(1)).scalar()
+
+    def queued_jobs(self) -> dict[str, tuple[int, float]]:
+        """By kind: how many jobs are queued, and the age of the oldest in seconds."""
+        c = jobs.c
+        query = select(c.kind, func.count(), func.min(c.created_at)).where(c.status == "queued").group_by(c.kind)
+        now = datetime.now(UTC)
+        with self._database.read() as connection:
+            return {kind: (count, (now - oldest).total_seconds()) for kind, count, oldest in connection.execute(query)}
 
     def list_jobs(self, limit: int) -> list[Job]:
         """The `limit` jobs queued last, the newest first."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+ROOT = Path(__file__).parents[2]
 START_S = 120.0  # a loaded machine imports torch slowly
 
 
@@ -24,6 +26,8 @@ class Cluster:
         self._folder, self._database_url = folder, database_url
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._ports: dict[str, int] = {}
+        self._grpc_ports: dict[str, int] = {}
+        self.grpc_url = ""
 
     def url(self, name: str) -> str:
         return f"http://127.0.0.1:{self._ports[name]}"
@@ -36,16 +40,50 @@ class Cluster:
             "ENGRAM_DATA": str(self._folder / name),
             "ENGRAM_DATABASE_URL": self._database_url,
             "ENGRAM_ORIGINALS": str(self._folder / "originals"),
+            "ENGRAM_REDIS_URL": os.environ.get("TEST_REDIS", "redis://127.0.0.1:6379"),
             "OMP_NUM_THREADS": "1",
         }
         if is_server:
             port = self._ports.setdefault(name, free_port())
             command = [sys.executable, "-m", "engram", "serve", "--port", str(port)]
             environ["ENGRAM_JOBS"] = "false"
+            environ["ENGRAM_GRPC_PORT"] = str(self._grpc_ports.setdefault(name, free_port()))
         with (self._folder / f"{name}.log").open("ab") as log:
             self._running[name] = subprocess.Popen(command, env=environ, stdout=log, stderr=log)
         if is_server:
             self._wait_until_ready(name)
+
+    def start_balancer(self) -> bool:
+        """nginx in front of the servers that were started, with the deployment's own configuration. False where it is
+        not installed.
+        """
+        if (nginx := shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")) is None:
+            return False
+        self._ports["balancer"], grpc_port = free_port(), free_port()
+        servers = [name for name in self._ports if name.startswith("api")]
+        values = {
+            "ENGRAM_RESOLVER": "",
+            "ENGRAM_HTTP_SERVERS": " ".join(_upstream(self._ports[name]) for name in servers),
+            "ENGRAM_GRPC_SERVERS": " ".join(_upstream(self._grpc_ports[name]) for name in servers),
+            "ENGRAM_HTTP_PORT": f"127.0.0.1:{self._ports['balancer']}",
+            "ENGRAM_GRPC_PORT": f"127.0.0.1:{grpc_port}",
+        }
+        rendered = (ROOT / "docker/nginx.conf.template").read_text()
+        for name, value in values.items():
+            rendered = rendered.replace(f"${{{name}}}", value)
+        folder = self._folder / "nginx"
+        folder.mkdir()
+        paths = "".join(f"{kind}_temp_path {folder}/{kind};\n" for kind in ("client_body", "proxy"))
+        (folder / "nginx.conf").write_text(
+            f"daemon off; pid {folder}/pid; error_log stderr; events {{}}\n"
+            f"http {{ access_log off; {paths}\n{rendered}\n}}\n"
+        )
+        command = [nginx, "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", "stderr"]
+        with (self._folder / "balancer.log").open("ab") as log:
+            self._running["balancer"] = subprocess.Popen(command, stdout=log, stderr=log)
+        self.grpc_url = f"grpc://127.0.0.1:{grpc_port}"
+        self._wait_until_ready("balancer")
+        return True
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
         process = self._running.pop(name)
@@ -72,6 +110,10 @@ class Cluster:
             except httpx.TransportError:
                 pass
             time.sleep(0.1)
+
+
+def _upstream(port: int) -> str:
+    return f"server 127.0.0.1:{port} max_fails=1 fail_timeout=1s;"
 
 
 def free_port() -> int:
