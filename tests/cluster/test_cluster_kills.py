@@ -109,9 +109,9 @@ def test_killed_servers_and_workers_lose_nothing(cluster: Any, capsys: pytest.Ca
     finally:
         load.stop()
     with capsys.disabled():
-        print(f"\n{'behind nginx' if balanced else 'no nginx here: each server by itself'}; longest gap in seconds after kill -9 (all clients together):")
+        print(f"\n{'behind nginx' if balanced else 'without nginx, which is not installed'}: longest gap after kill -9")
         for name, gap in gaps.items():
-            print(f"  {name:8} stores {gap['store']:.1f}, recalls {gap['recall']:.1f}")
+            print(f"  {name:8} stores {gap['store']:.1f} s, recalls {gap['recall']:.1f} s")
     assert load.wrong == []
     for name in servers:
         with Client(cluster.url(name)) as client:
