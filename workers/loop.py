@@ -92,8 +92,8 @@ class Worker(threading.Thread):
 
 
 class Housekeeper(threading.Thread):
-    """Looks each second whether a bank should be sealed, which keys there are and what is queued, four times a minute for
-    what has expired, and each hour after what storage no longer needs.
+    """Looks each second whether a bank should be sealed, which keys there are and what is queued, four times a minute
+    for what has expired, and each hour after what storage no longer needs.
     """
 
     def __init__(self, engine: Engine) -> None:
