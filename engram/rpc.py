@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import grpc
+import orjson
 
-from engram.transport import GRPC, WAIT_MAX_S, Body, no_server
+from engram.transport import GRPC, WAIT_MAX_S, Body, imported, no_server
+from service.app.transfer_schemas import MEDIA_TYPES
 from service.errors import BodyTooLarge, EngramError, InvalidRequest, TimedOut, Unreachable
 from service.rpc.convert import to_dict, to_message
 from service.rpc.messages import Stub, message
@@ -25,6 +27,8 @@ OPTIONS = [
     ("grpc.max_receive_message_length", -1),  # 4 MiB otherwise; the server bounds what it gives
     ("grpc.max_send_message_length", -1),  # the server's bound is the one that counts
 ]
+
+PART_BYTES = 2**20  # of rows, in one message
 
 Refused = dict[int, Body]
 """By position in a store: the answer to a memory that was not sent."""
@@ -54,10 +58,19 @@ class GrpcTransport:
     def import_rows(
         self, collection: str, media_type: str, rows: bytes, options: Body, *, timeout_s: float | None = None
     ) -> list[Body]:
-        raise _only_http()
+        with _translated(self.url, "import_rows", timeout_s):
+            asked = iter(_parts(collection, media_type, rows, options))
+            replies = self._stub.ImportRows(asked, metadata=self._metadata)
+            return imported([to_dict(reply, asked=False) for reply in replies])
 
     def export(self, collection: str, options: Body, *, timeout_s: float | None = None) -> Generator[bytes, None, None]:
-        raise _only_http()
+        with _translated(self.url, "export", timeout_s):
+            replies = self._stub.Export(_exported(collection, options), metadata=self._metadata)
+            try:
+                for reply in replies:
+                    yield reply.rows
+            finally:
+                replies.cancel()
 
     def close(self) -> None:
         self._channel.close()
@@ -95,28 +108,49 @@ class AsyncGrpcTransport:
     async def import_rows(
         self, collection: str, media_type: str, rows: bytes, options: Body, *, timeout_s: float | None = None
     ) -> list[Body]:
-        raise _only_http()
+        with _translated(self.url, "import_rows", timeout_s):
+            asked = _parts(collection, media_type, rows, options)
+            replies = self._opened().ImportRows(iter(asked), metadata=self._metadata)
+            return imported([to_dict(reply, asked=False) async for reply in replies])
 
-    def export(self, collection: str, options: Body, *, timeout_s: float | None = None) -> AsyncGenerator[bytes, None]:
-        raise _only_http()
+    async def export(
+        self, collection: str, options: Body, *, timeout_s: float | None = None
+    ) -> AsyncGenerator[bytes, None]:
+        with _translated(self.url, "export", timeout_s):
+            replies = self._opened().Export(_exported(collection, options), metadata=self._metadata)
+            try:
+                async for reply in replies:
+                    yield reply.rows
+            finally:
+                replies.cancel()
 
     async def close(self) -> None:
         if self._channel is not None:
             await self._channel.close()
 
     async def _ask(self, operation: str, request: Any, timeout_s: float | None) -> Any:
-        if self._stub is None:
-            self._channel = grpc.aio.insecure_channel(self._target, options=OPTIONS)
-            self._stub = Stub(self._channel)
-        call = getattr(self._stub, rpc_name(operation))
+        call = getattr(self._opened(), rpc_name(operation))
         with _translated(self.url, operation, timeout_s):
             return await call(request, timeout=timeout_s or WAIT_MAX_S, metadata=self._metadata)
 
+    def _opened(self) -> Stub:
+        if self._stub is None:
+            self._channel = grpc.aio.insecure_channel(self._target, options=OPTIONS)
+            self._stub = Stub(self._channel)
+        return self._stub
 
-def _only_http() -> InvalidRequest:
-    return InvalidRequest(
-        "files of rows are imported and exported over HTTP: give the client the server's http address"
-    )
+
+def _parts(collection: str, media_type: str, rows: bytes, options: Body) -> list[Any]:
+    """The messages of an import; refused before any is sent where the options are none."""
+    form = next((form for form, kind in MEDIA_TYPES.items() if kind == media_type), media_type)
+    first = to_message("ImportRowsRequest", {**options, "collection": collection, "format": form})
+    parts = [rows[start : start + PART_BYTES] for start in range(0, len(rows), PART_BYTES)]
+    return [first, *(to_message("ImportRowsRequest", {"rows": part}) for part in parts)]
+
+
+def _exported(collection: str, options: Body) -> Any:
+    chosen = {**options, "filter": orjson.loads(options["filter"])} if "filter" in options else options
+    return to_message("ExportRequest", {**chosen, "collection": collection})
 
 
 def _target(url: str) -> str:

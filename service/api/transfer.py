@@ -5,8 +5,6 @@ back and nothing piles up here. Its answer is written meanwhile, a line an event
 
 Rules:
 - Until its first line an import, like an export until its first chunk, may still be answered with a problem.
-- Who sends a long body may not read before its end. Lines of progress that nobody takes are left out; up to
-  `LINES_WAITING_MAX` of refused rows wait, and the import stops where they are more.
 - The answer of an import is no `StreamingResponse`: that one looks for a disconnect where the body comes from, and
   would swallow parts of it.
 """
@@ -14,11 +12,9 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import Any, cast
 
 import structlog
@@ -29,21 +25,18 @@ from starlette.types import Receive, Scope, Send
 
 from service.app.engine import Engine
 from service.app.exporting import Export
+from service.app.lines import Lines, failed
 from service.app.transfer_schemas import (
     MEDIA_TYPES,
     Event,
     Format,
-    ImportFailed,
     ImportOptions,
-    ImportProgress,
 )
-from service.errors import EngramError, TooBusy, Unavailable, UnsupportedMediaType
+from service.errors import TooBusy, Unavailable, UnsupportedMediaType
 
 log = structlog.get_logger()
 
 TRANSFERS_MAX = 8  # at once: each holds a thread and a few batches, an export a reader of the database
-LINES_WAITING_MAX = 10_000  # of refused rows, some 200 bytes each
-UNREAD_S = 60.0  # how long an import waits where that many are not taken
 
 FORMATS: dict[str, Format] = {kind: form for form, kind in MEDIA_TYPES.items()} | {
     "application/ndjson": "ndjson", "application/jsonl": "ndjson", "application/x-parquet": "parquet",
@@ -66,7 +59,7 @@ class Transfers:
         if form is None:
             raise UnsupportedMediaType(f"rows are sent as {', '.join(MEDIA_TYPES.values())}, not {kind or 'nothing'}")
         self._begin()
-        lines = _Lines(asyncio.get_running_loop())
+        lines = Lines(asyncio.get_running_loop())
         body = _Body(request.stream(), asyncio.get_running_loop())
         self._threads.submit(self._import, lines, lambda: engine.import_rows(collection, form, body, options))
         first = await lines.next()
@@ -74,7 +67,7 @@ class Transfers:
             raise first
         return _Answer(first, lines)
 
-    def _import(self, lines: _Lines, begin: Callable[[], Iterator[Event]]) -> None:
+    def _import(self, lines: Lines, begin: Callable[[], Iterator[Event]]) -> None:
         try:
             events = begin()
             try:
@@ -160,58 +153,10 @@ class _Body:
         return await anext(self._stream, None)
 
 
-class _Lines:
-    """Events on their way from an import's thread to its answer."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._waiting: queue.Queue[Event | BaseException | None] = queue.Queue(LINES_WAITING_MAX)
-        self._there = asyncio.Event()
-        self.progress = ImportProgress(rows=0, stored=0, updated=0, refused=0, durable_row=0, version=None)
-
-    def put(self, event: Event) -> None:
-        """Raises `TooBusy` where nobody reads."""
-        if isinstance(event, ImportProgress):
-            self.progress = event
-            if not self._waiting.empty():
-                return
-        try:
-            self._waiting.put(event, timeout=UNREAD_S)
-        except queue.Full:
-            raise TooBusy(
-                f"{LINES_WAITING_MAX} refused rows wait to be read: read the answer while the body is sent"
-            ) from None
-        self._tell()
-
-    def fail(self, error: BaseException) -> None:
-        if not isinstance(error, EngramError):
-            log.error("an import failed", exc_info=error)
-        self._waiting.put(error)
-        self._tell()
-
-    def end(self) -> None:
-        self._waiting.put(None)
-        self._tell()
-
-    def _tell(self) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody is there to be told
-            self._loop.call_soon_threadsafe(self._there.set)
-
-    async def next(self) -> Event | BaseException | None:
-        """The next event, why there is none, or None at the end."""
-        while True:
-            try:
-                return self._waiting.get_nowait()
-            except queue.Empty:
-                self._there.clear()
-            if self._waiting.empty():
-                await self._there.wait()
-
-
 class _Answer(Response):
     media_type = "application/x-ndjson"
 
-    def __init__(self, first: Event | None, lines: _Lines) -> None:
+    def __init__(self, first: Event | None, lines: Lines) -> None:
         super().__init__()
         del self.headers["content-length"]  # of a body that is whole
         self._first = first
@@ -222,15 +167,8 @@ class _Answer(Response):
         event: Event | BaseException | None = self._first
         while event is not None:
             if isinstance(event, BaseException):
-                event = _failed(event, self._lines.progress)
+                event = failed(event, self._lines.progress)
             line = event.model_dump_json().encode() + b"\n"
             await send({"type": "http.response.body", "body": line, "more_body": True})
             event = await self._lines.next()
         await send({"type": "http.response.body", "body": b""})
-
-
-def _failed(error: BaseException, progress: ImportProgress) -> ImportFailed:
-    """The last line of an import that did not come to its own."""
-    known = error if isinstance(error, EngramError) else EngramError("the server's log has the details")
-    why = {"status": known.status, "code": known.code, "detail": known.detail}
-    return ImportFailed.model_validate(progress.model_dump(exclude={"event"}) | why)

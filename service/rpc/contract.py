@@ -60,7 +60,6 @@ class Call:
     about: str
     request: str
     reply: str
-    streams: bool
 
 
 @dataclass
@@ -87,6 +86,7 @@ class _Builder:
         if long := [name for name in self._definitions if "__" in name]:
             raise ValueError(f"two models have one name: {', '.join(long)}")
         self._asked = set(self._reachable([{"$ref": self._names[model]} for model in asked]))
+        self._alone = set(_outside_unions(list(self._definitions.values())))
         self._contract = Contract()
 
     def build(self) -> Contract:
@@ -106,7 +106,9 @@ class _Builder:
         nulls = (MessageField("repeated", "string", NULLS, NULLS_ABOUT),) if method.nulls else ()
         self._add(Message(name, body.about, (*path, *body.fields, *nulls), body.choice, len(path)))
         reply = "Empty" if method.reply is None else self._message(self._names[method.reply])
-        self._contract.calls.append(Call(method.rpc, method.about, name, reply, method.streams))
+        sent = f"stream {name}" if method.client_streams else name
+        answered = f"stream {reply}" if method.server_streams else reply
+        self._contract.calls.append(Call(method.rpc, method.about, sent, answered))
 
     def _add(self, message: Message) -> None:
         if message.name in self._contract.messages or message.name in OWN:
@@ -143,8 +145,12 @@ class _Builder:
         return Message(name, about, tuple(fields))
 
     def _variant(self, model: str, choice: str) -> str:
-        """A member of a union, without the field that says which it is: the oneof does."""
+        """A member of a union, without the field that says which it is: the oneof does. One that is also something by
+        itself keeps it.
+        """
         name = self._message(model)
+        if name in self._alone:
+            return name
         message = self._contract.messages[name]
         kept = tuple(f for f in message.fields if f.name != choice)
         self._contract.messages[name] = Message(name, message.about, kept)
@@ -256,6 +262,18 @@ class _Builder:
                 waiting += part.values()
             elif isinstance(part, list):
                 waiting += part
+
+
+def _outside_unions(schemas: list[Any]) -> Iterator[str]:
+    """The models that are referred to otherwise than as one of a union's."""
+    while schemas:
+        part = schemas.pop()
+        if isinstance(part, Mapping):
+            if isinstance(part.get("$ref"), str):
+                yield str(part["$ref"]).rpartition("/")[2]
+            schemas += [value for key, value in part.items() if not (key == "oneOf" and "discriminator" in part)]
+        elif isinstance(part, list):
+            schemas += part
 
 
 def _position(schema: Schema, model: str) -> int:

@@ -318,7 +318,7 @@ def _undone(choice: Any, convert: Make) -> Make:
         for field in choice.fields:
             inside = made.pop(field.name, None)
             if field.name == tag:
-                made = {**made, choice.name: tag, **inside}
+                made = {**made, **inside, choice.name: tag}
         return made
 
     return build

@@ -99,8 +99,7 @@ def text(of: Contract, former: str) -> str:
     parts = [HEAD]
     rpcs = []
     for call in of.calls:
-        stream = "stream " if call.streams else ""
-        signature = f"rpc {call.name}({stream}{call.request}) returns ({stream}{call.reply});"
+        signature = f"rpc {call.name}({call.request}) returns ({call.reply});"
         rpcs.append(f"{_comment(call.about, '  ')}  {signature}\n")
     parts.append("service Engram {\n" + "\n".join(rpcs) + "}\n")
     parts += [_message(message, numbers.get(message.name, Numbers())) for message in of.messages.values()]

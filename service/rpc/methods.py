@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, Field, WithJsonSchema
+from pydantic import BaseModel, Field, RootModel, WithJsonSchema
 
 from service.app.fields import BASE64, Reply, Request
 from service.app.operations import OPERATIONS, STREAMS
 from service.app.schemas import MEMORY_REF, StoredItem
+from service.app.transfer_schemas import Event, ExportRequest, Format, ImportOptions
 
 if TYPE_CHECKING:
     from service.app.engine import Engine
@@ -29,8 +30,11 @@ def rpc_name(operation: str) -> str:
     return "".join(part.capitalize() for part in operation.split("_"))
 
 
+Bytes = Annotated[bytes, WithJsonSchema(BASE64)]
+
+
 class Content(Reply):
-    data: Annotated[bytes, WithJsonSchema(BASE64)]
+    data: Bytes
     media_type: str
 
 
@@ -52,9 +56,26 @@ class StoreStreamReply(Reply):
     operation_id: str | None = Field(description="of what is still being encoded")
 
 
+class ImportRowsRequest(ImportOptions):
+    """The first message has the collection, the format and the options; each has a part of the file, of any size."""
+
+    format: Format = "ndjson"
+    rows: Bytes = b""
+
+
+class ImportRowsReply(RootModel[Annotated[Event, Field(discriminator="event")]]):
+    """What becomes of the rows: `started`, `progress`, a `refused` one each, and at the end `done` or `failed`."""
+
+
+class ExportReply(Reply):
+    """The next part of the file."""
+
+    rows: Bytes
+
+
 @dataclass(frozen=True)
 class Method:
-    """`path`: the request's fields that REST has in its path. `call`: as an operation's; None where `streams`.
+    """`path`: the request's fields that REST has in its path. `call`: as an operation's; None where it streams.
     `as_operation`: whose rights it needs. `nulls`: it says of what it names as null that it is, which removes it.
     """
 
@@ -65,7 +86,8 @@ class Method:
     reply: type[Any] | None
     call: Callable[[Engine, Mapping[str, str], Any], Any] | None
     as_operation: str
-    streams: bool = False
+    client_streams: bool = False
+    server_streams: bool = False
     nulls: bool = False
 
     @property
@@ -81,17 +103,26 @@ def _content(data: bytes, media_type: str) -> Content:
     return Content(data=data, media_type=media_type)
 
 
-_CONTENT = STREAMS["get_content"]
+def _about(stream: str) -> str:
+    return f"{STREAMS[stream].method} {STREAMS[stream].path}"
+
 
 BESIDE = (
     Method(
-        "get_content", f"{_CONTENT.method} {_CONTENT.path}", _path(_CONTENT.path), None, Content,
+        "get_content", _about("get_content"), ("collection", "id"), None, Content,
         lambda engine, path, _: _content(*engine.content(path["collection"], path["id"])),
         "get_content",
     ),
     Method(
         "store_stream", "Store memories as they come, with an answer to each as soon as it is stored.",
-        ("collection",), StoreStreamRequest, StoreStreamReply, None, "store", streams=True,
+        ("collection",), StoreStreamRequest, StoreStreamReply, None, "store", client_streams=True, server_streams=True,
+    ),
+    Method(
+        "import_rows", _about("import_rows"), ("collection",), ImportRowsRequest, ImportRowsReply, None, "import_rows",
+        client_streams=True, server_streams=True,
+    ),
+    Method(
+        "export", _about("export"), ("collection",), ExportRequest, ExportReply, None, "export", server_streams=True,
     ),
 )  # fmt: skip
 

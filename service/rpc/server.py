@@ -12,7 +12,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractContextManager, aclosing, asynccontextmanager
 from functools import cache, partial
 from typing import Any
@@ -34,6 +34,7 @@ from service.rpc.methods import METHODS, Method
 from service.rpc.problems import DETAIL_MAX, status_of, trailers
 from service.rpc.requests import Asked, pack, parse
 from service.rpc.storing import store_stream
+from service.rpc.transfers import Transfers
 
 log = structlog.get_logger()
 
@@ -55,6 +56,7 @@ class RpcServer:
         self._metrics = engine.resources.metrics
         self._under_way = 0
         self._streams = 0
+        self._transfers = Transfers()
         self._idle = asyncio.Event()
         self._idle.set()
         self._health = health.aio.HealthServicer()
@@ -99,8 +101,10 @@ class RpcServer:
     # --- calls ---
 
     def _handler(self, method: Method) -> Any:
-        if method.streams:
+        if method.client_streams:
             return grpc.stream_stream_rpc_method_handler(partial(self._stream, method))
+        if method.server_streams:
+            return grpc.unary_stream_rpc_method_handler(partial(self._stream, method))
         return grpc.unary_unary_rpc_method_handler(partial(self._unary, method))
 
     async def _unary(self, method: Method, raw: bytes, context: Context) -> bytes:
@@ -127,30 +131,30 @@ class RpcServer:
         assert method.call is not None
         return pack(method, method.call(self._engine, asked.path, asked.body))
 
-    async def _stream(self, method: Method, raws: AsyncIterator[bytes], context: Context) -> None:
+    async def _stream(self, method: Method, raws: Any, context: Context) -> None:
+        """`raws`: the request, or the stream of them."""
         async with self._call(method, context):
             if self._streams >= STREAMS_MAX:
                 raise TooBusy(f"{STREAMS_MAX} streams are open already", retry_after_s=1)
             self._streams += 1
             try:
-                asked = await self._opening(method, raws)
-                replies = store_stream(
-                    self._engine, self._pool, method, asked, raws, lambda: wait_max_s(context.time_remaining())
-                )
-                async with aclosing(replies):
+                raw = raws if isinstance(raws, bytes) else await anext(aiter(raws), None)
+                if raw is None:
+                    raise MalformedBody("the stream has no message")
+                asked = parse(method, raw)
+                check(CALLER.get(), need_of(method.as_operation), asked.path.get("collection"))
+                async with aclosing(self._replies(method, asked, raws, context)) as replies:
                     async for reply in replies:
                         await context.write(pack(method, reply))
             finally:
                 self._streams -= 1
 
-    async def _opening(self, method: Method, raws: AsyncIterator[bytes]) -> Asked:
-        """The first message of a stream, which says what it is about."""
-        raw = await anext(aiter(raws), None)
-        if raw is None:
-            raise MalformedBody("the stream has no message")
-        asked = parse(method, raw)
-        check(CALLER.get(), need_of(method.as_operation), asked.path.get("collection"))
-        return asked
+    def _replies(self, method: Method, asked: Asked, raws: Any, context: Context) -> AsyncGenerator[Any, None]:
+        if method.name == "export":
+            return self._transfers.export(self._engine, asked)
+        if method.name == "import_rows":
+            return self._transfers.import_rows(self._engine, method, asked, raws)
+        return store_stream(self._engine, self._pool, method, asked, raws, lambda: wait_max_s(context.time_remaining()))
 
     @asynccontextmanager
     async def _call(self, method: Method, context: Context) -> AsyncIterator[None]:

@@ -35,13 +35,6 @@ def client(request: pytest.FixtureRequest) -> Client:
     return found
 
 
-def test_over_grpc_it_is_said_where_rows_go(grpc_client: Client) -> None:
-    with pytest.raises(InvalidRequest, match="over HTTP"):
-        grpc_client.collection("any").import_rows([{"id": "a"}])
-    with pytest.raises(InvalidRequest, match="over HTTP"):
-        next(grpc_client.collection("any").iter_export())
-
-
 numbers = st.floats(-1e6, 1e6, width=32).filter(lambda value: value == 0 or abs(value) > 1e-6)
 texts = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20).filter(str.strip)
 ids = st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=12).filter(lambda x: x[-8:] != "/content")

@@ -10,10 +10,7 @@ from service.rpc.contract import Contract, Message, MessageField, contract
 from service.rpc.messages import SERVICE
 from service.rpc.methods import METHODS, rpc_name
 
-ONLY_REST: dict[str, str] = {
-    "import_rows": "files of NDJSON, Parquet and Arrow are bodies of HTTP; StoreStream takes memories as messages",
-    "export": "likewise",
-}
+ONLY_REST: dict[str, str] = {}
 """Operations of REST that gRPC has not, and why."""
 
 ONLY_RPC = {

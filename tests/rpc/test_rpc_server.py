@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from service import errors, settings
 from service.app.serving import POOL_THREADS, Pool
 from service.encoders.picture import write_png
-from service.rpc.convert import to_message
+from service.rpc.convert import to_dict, to_message
 from service.rpc.messages import SERVICE_NAME, message
 from service.rpc.problems import BY_STATUS, error_in, status_of
 from service.rpc.server import REPLY_MARGIN_S, WAIT_MAX_S, wait_max_s
@@ -360,3 +360,23 @@ def test_what_is_wrong_with_a_stream_ends_it(served: Served) -> None:
         with pytest.raises(grpc.RpcError) as caught:
             list(served.stub.StoreStream(iter(requests), timeout=30))
         assert caught.value.code() is status
+
+
+def test_files_of_rows_come_and_go_in_parts(served: Served, make: Callable[..., str]) -> None:
+    first, second = make(spaces={"v": {"dimension": 8}}), make(spaces={"v": {"dimension": 8}})
+    served.ask("store", {"collection": first, "memories": items()})
+    parts = [reply.rows for reply in served.stub.Export(to_message("ExportRequest", {"collection": first}))]
+    file = b"".join(parts) + b'{"id": "bad", "vectors": {"v": [1]}}\n'
+    requests = [to_message("ImportRowsRequest", {"collection": second, "format": "ndjson"})]
+    requests += [to_message("ImportRowsRequest", {"rows": file[at : at + 999]}) for at in range(0, len(file), 999)]
+    events = [to_dict(reply, asked=False) for reply in served.stub.ImportRows(iter(requests), timeout=60)]
+    assert events[0]["event"] == "started"
+    assert [event["row"] for event in events if event["event"] == "refused"] == [len(VECTORS) + 1]
+    assert (events[-1]["event"], events[-1]["stored"]) == ("done", len(VECTORS))
+    both = [served.ask("get_memories", {"collection": name, "ids": ["7", "8"]})["memories"] for name in (first, second)]
+    assert [memory["payload"] for memory in both[0]] == [memory["payload"] for memory in both[1]]
+    with pytest.raises(errors.CollectionNotFound):
+        raise_told(served.stub.Export(to_message("ExportRequest", {"collection": "none"})))
+    malformed = to_message("ImportRowsRequest", {"collection": first, "rows": b"\x00\x01 no rows\n"})
+    with pytest.raises(errors.EngramError):
+        raise_told(served.stub.ImportRows(iter([malformed])))
