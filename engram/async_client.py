@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from engram.asking import BATCH, KEPT, PAGE, RETRIES, Asking, CollectionAsking, Options, given
 from engram.replies import ApiKey, CollectionInfo, EncoderInfo, Memory, NewKey, Operation, Recall, StoreReply, Updated
-from engram.reports import Diagnostics
+from engram.reports import Diagnostics, Sizing
 from engram.steps import Steps, run_async
 from engram.transfer import (
     Imported,
@@ -382,6 +382,21 @@ class AsyncCollection(_Caller[CollectionAsking]):
         Takes seconds for a large collection.
         """
         return await self._do(self._asking.diagnostics())
+
+    async def sizing(
+        self,
+        memories: int,
+        *,
+        spaces: Mapping[str, int] | None = None,
+        payload_bytes: float | None = None,
+        text_bytes: float | None = None,
+        image_bytes: float | None = None,
+    ) -> Sizing:
+        """What so many memories would need, before they are stored. What is not given (`spaces`: values by name; mean
+        sizes) is as the collection has it.
+        """
+        body = given(spaces=spaces, payload_bytes=payload_bytes, text_bytes=text_bytes, image_bytes=image_bytes)
+        return await self._do(self._asking.sizing({"memories": memories, **body}))
 
     async def wait_until_calibrated(self, timeout_s: float = 300.0) -> CollectionInfo:
         """Wait until the automatic calibration covers what is stored.

@@ -28,6 +28,7 @@ from engram import (
     operations,
     recall_command,
     reencode,
+    sizing,
     storing,
     training,
     transfer_commands,
@@ -107,6 +108,7 @@ def demo(
 
 encoders_command.register(app)
 keys_command.register(app)
+sizing.register(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

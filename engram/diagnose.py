@@ -44,6 +44,12 @@ def show(out: Console, name: str, found: Diagnostics) -> None:
     total = sum(found.bytes.values())
     kinds = ", ".join(f"{kind} {size:,.0f}" for kind, size in found.bytes_per_memory.items() if size)
     out.print(f"{total / 2**20:,.1f} MB in memory; bytes a memory: {kinds}")
+    disk = found.disk
+    out.print(
+        f"about {disk['database'] / 2**20:,.1f} MB in the database (all of it: {disk['whole_database'] / 2**20:,.1f})"
+        f" and {disk['originals'] / 2**20:,.1f} MB of originals; {found.device['bytes'] / 2**20:,.1f} MB on a device"
+        f" ({found.device['name']})"
+    )
     drift = "" if found.drift is None else f", {found.drift:.0%} of the memories changed since"
     out.print(f"calibration: {found.calibration}{drift}")
     out.print(f"{found.seconds:.2f} s", style="dim")

@@ -17,6 +17,7 @@ class Margins(Reply):
     minimum: float
     share_95: float
     median: float
+    quantiles: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Index(Reply):
     scanned: int
     graph: int
     graphs: int
+    exact: bool
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,35 @@ class SpaceReport(Reply):
     capacity: Capacity | None
     near_duplicates: NearDuplicates
     index: Index | None
+
+
+@dataclass(frozen=True)
+class Amount(Reply):
+    bytes: int
+    bytes_per_memory: float
+    parts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Sizing(Reply):
+    """`how`: the arithmetic, line by line."""
+
+    PARTS: ClassVar[Parts] = {"ram": Amount, "disk": Amount, "device": Amount}
+
+    memories: int
+    spaces: dict[str, int]
+    assumed: dict[str, float]
+    ram: Amount
+    ram_peak_bytes: int
+    disk: Amount
+    device: Amount
+    index: str
+    graph_from: int
+    load_s: float
+    seal_s: float
+    recall_ms: float
+    latency: str
+    how: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -117,6 +148,8 @@ class Diagnostics(Reply):
     spaces: dict[str, SpaceReport]
     bytes: dict[str, int]
     bytes_per_memory: dict[str, float]
+    disk: dict[str, int]
+    device: dict[str, Any]
     seconds: float
 
     @classmethod

@@ -322,7 +322,7 @@ def _address(template: str, path: Mapping[str, str]) -> str:
 def _parts(body: Body) -> tuple[Body, dict[str, bytes]]:
     """A store's or a single recall's body as a form: its fields, and the pictures, which become file parts."""
     files: dict[str, bytes] = {}
-    if "memories" in body:
+    if isinstance(body.get("memories"), list):
         memories = []
         for position, memory in enumerate(body["memories"]):
             if "image" in memory:

@@ -60,6 +60,7 @@ from service.app.schemas import (
     TrainRequest,
 )
 from service.app.serving import Pool
+from service.app.sizing_schemas import Sizing, SizingRequest
 from service.app.transfer_schemas import MEDIA_TYPES, ExportRequest, Format, ImportOptions
 
 ID_MAX = 512  # characters of a memory's id
@@ -198,6 +199,12 @@ async def get_collection(collection: CollectionName, engine: Engine_, pool: Pool
 async def get_diagnostics(collection: CollectionName, engine: Engine_, pool: Pool_) -> Diagnostics:
     """How well the memories are told apart, what β rests on, what is nearly stored twice, and what it all holds."""
     return await pool.run(engine.diagnostics, collection)
+
+
+@v1.post("/collections/{collection}/diagnostics/sizing", tags=["collections"], openapi_extra=_body(SizingRequest))
+async def size(collection: CollectionName, request: Request, engine: Engine_, pool: Pool_) -> Sizing:
+    """What so many memories would need, before they are stored: RAM, disk, an index, and the time to load and build."""
+    return await pool.run(engine.size, collection, await bodies.read(request, SizingRequest))
 
 
 @v1.delete("/collections/{collection}", status_code=204, tags=["collections"])
@@ -499,7 +506,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
     template = "#/components/schemas/{model}"
     models = (
         CollectionConfig, CountRequest, DeleteRequest, GetRequest, KeyRequest, MemoryInput, PatchRequest,
-        ProblemDetails, RecallRequest, ReencodeRequest, ScrollRequest, StoreRequest, TrainRequest,
+        ProblemDetails, RecallRequest, ReencodeRequest, ScrollRequest, SizingRequest, StoreRequest, TrainRequest,
     )  # fmt: skip
     read = [(model, "validation") for model in models]
     _, definitions = models_json_schema(read, ref_template=template)  # type: ignore[arg-type]

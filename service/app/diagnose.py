@@ -21,7 +21,9 @@ from service.app.live import LiveCollection, spaces_of
 from service.app.recall import beta_for
 from service.app.reports import (
     CapacityEstimate,
+    DeviceUse,
     Diagnostics,
+    DiskUse,
     FixedPoints,
     Index,
     IndexKind,
@@ -33,7 +35,9 @@ from service.app.reports import (
     RestsOn,
     SpaceReport,
 )
+from service.app.resources import Resources
 from service.app.schemas import separation_of
+from service.app.sizing import on_disk
 from service.bank import View
 from service.core.diagnostics import Gather, Neighbours, capacity, fixed_points, nearest, needed_margin, relative_rank
 from service.core.similarity import Blocks, overlaps
@@ -43,12 +47,13 @@ WORK_MAX = 3 * 10**10  # multiply-adds of all comparisons: half a second on one 
 SAMPLE_MIN = 64  # whatever the size: a share of fixed points is worth little from fewer
 RANK_ROWS_MAX = 1_024  # its eigenvalues take a tenth of a second
 PAIRS_MAX = 20
+QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 CAPACITY_SHARE = 0.95
 SEED = 0xD1A6_0515
 
 
 @torch.inference_mode()
-def diagnose(live: LiveCollection) -> Diagnostics:
+def diagnose(resources: Resources, live: LiveCollection) -> Diagnostics:
     """Blocking and CPU-bound: call it from a worker thread."""
     started = time.perf_counter()
     view = live.view()
@@ -72,12 +77,16 @@ def diagnose(live: LiveCollection) -> Diagnostics:
         found = _neighbours(live.blocks, _gather(view, everything), rows, sample)
         whole = _report(live, view, live.blocks, everything, rows, found, tuple(live.spaces), betas)
     sizes = live.bank.sizes()
+    disk = on_disk(resources, live, view.count)
+    elsewhere = live.bank.device.type != "cpu"
     return Diagnostics(
         version=view.version, memories=view.count, sampled=len(sample),
         kernels=[kernel.id for kernel in live.learned.kernels.values()], separation=live.config.recall.separation,
         support=live.config.recall.support, betas=list(betas.values()), calibration=live.calibration_state(),
         drift=live.changed_rows / live.calibrated_rows if live.calibrated_rows else None, whole=whole, spaces=spaces,
         bytes=sizes, bytes_per_memory={kind: size / max(1, view.count) for kind, size in sizes.items()},
+        disk=DiskUse(**disk, whole_database=resources.repository.size_bytes()),
+        device=DeviceUse(name=str(live.bank.device), bytes=sizes.get("patterns", 0) if elsewhere else 0),
         seconds=round(time.perf_counter() - started, 3),
     )  # fmt: skip
 
@@ -113,8 +122,11 @@ def _report(
     needed = needed_margin(separation, beta, min(support, found.total))
     margin = None
     if found.total > 1:
-        low, median = found.margins.double().quantile(torch.tensor([0.05, 0.5], dtype=torch.float64)).tolist()
-        margin = Margins(minimum=float(found.margins.min()), share_95=low, median=median)
+        at = found.margins.double().quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
+        quantiles = {f"{share:g}": value for share, value in zip(QUANTILES, at, strict=True)}
+        margin = Margins(
+            minimum=float(found.margins.min()), share_95=quantiles["0.05"], median=quantiles["0.5"], quantiles=quantiles
+        )
     drawn = have[torch.randperm(len(have), generator=torch.Generator().manual_seed(SEED))[:RANK_ROWS_MAX]]
     rank = relative_rank(gather(drawn[None])[0])
     held = capacity(found, needed, CAPACITY_SHARE)
@@ -183,4 +195,4 @@ def _index(view: View, space: str) -> Index:
     graphs = [part.segment.graphs[space].count for part in view.parts if space in part.segment.graphs]
     scanned = sum(part.count for part in view.parts if space not in part.segment.graphs)
     kind: IndexKind = "scan" if not graphs else "scan and graph" if scanned else "graph"
-    return Index(kind=kind, scanned=scanned, graph=sum(graphs), graphs=len(graphs))
+    return Index(kind=kind, exact=not graphs, scanned=scanned, graph=sum(graphs), graphs=len(graphs))

@@ -74,6 +74,8 @@ from service.app.schemas import (
     StoreRequest,
     TrainRequest,
 )
+from service.app.sizing import size
+from service.app.sizing_schemas import Sizing, SizingRequest
 from service.app.store import STORE_JOB, Accepted, accept, reply
 from service.app.transfer_schemas import Event, ExportRequest, Format, ImportOptions, Totals
 from service.encoders import registry
@@ -231,7 +233,10 @@ class Engine:
         return CollectionList(collections=[collections.info(live) for live in lives])
 
     def diagnostics(self, name: str) -> Diagnostics:
-        return diagnose(self.resources.live(name))
+        return diagnose(self.resources, self.resources.live(name))
+
+    def size(self, name: str, request: SizingRequest) -> Sizing:
+        return size(self.resources, self.resources.live(name), request)
 
     def delete_collection(self, name: str) -> None:
         collections.delete(self.resources, name)

@@ -13,8 +13,8 @@ from service.app.access import Need
 ANYWHERE = (
     "list_encoders", "list_collections", "list_operations", "get_operation", "cancel_operation", "retry_operation",
 )  # fmt: skip
-READ = ("get_collection", "get_diagnostics", "list_kernels", "recall", "get_memories", "get_memory", "scroll", "count")
-READ_STREAMS = ("get_content", "export")
+READ = ("get_collection", "get_diagnostics", "size", "list_kernels")
+RECALL = ("recall", "get_memories", "get_memory", "get_content", "scroll", "count", "export")
 WRITE = ("store", "import_rows", "patch_memory", "delete_memories", "delete_memory")
 ADMIN = ("create_collection", "delete_collection", "train", "reencode", "retire_kernel")
 KEYS = ("create_key", "list_keys", "revoke_key")
@@ -23,7 +23,7 @@ UNDECLARED = Need("admin", "everything")
 
 NEEDS: Mapping[str, Need] = {
     **dict.fromkeys(ANYWHERE, Need("read", "anywhere")),
-    **dict.fromkeys((*READ, *READ_STREAMS), Need("read")),
+    **dict.fromkeys((*READ, *RECALL), Need("read")),
     **dict.fromkeys(WRITE, Need("write")),
     **dict.fromkeys(ADMIN, Need("admin")),
     **dict.fromkeys(KEYS, Need("admin", "everything")),

@@ -49,6 +49,7 @@ from service.app.schemas import (
     TrainRequest,
 )
 from service.app.schemas import Operation as OperationInfo
+from service.app.sizing_schemas import Sizing, SizingRequest
 from service.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -115,6 +116,10 @@ OPERATIONS: dict[str, Operation] = {
         Operation(
             "get_diagnostics", "GET", _COLLECTION + "/diagnostics", None, Diagnostics,
             lambda engine, path, _: engine.diagnostics(path["collection"]), reads=True,
+        ),
+        Operation(
+            "size", "POST", _COLLECTION + "/diagnostics/sizing", SizingRequest, Sizing,
+            lambda engine, path, request: engine.size(path["collection"], request), reads=True,
         ),
         Operation(
             "delete_collection", "DELETE", _COLLECTION, None, None,

@@ -25,6 +25,7 @@ class Margins(Reply):
     minimum: float = Field(description="Δ_min over the sampled memories, against every memory")
     share_95: float = Field(description="the margin that 95% of them have at least")
     median: float
+    quantiles: dict[str, float] = Field(description="the margin that this share of them has at most")
 
 
 class FixedPoints(Reply):
@@ -74,6 +75,7 @@ class Index(Reply):
     """Where a space's rows are searched; a replaced or deleted row counts until its segment is rebuilt."""
 
     kind: IndexKind
+    exact: bool = Field(description="whether a search compares every memory: a scan does, a graph does not")
     scanned: int
     graph: int
     graphs: int
@@ -105,6 +107,23 @@ class ModalityBeta(Reply):
     cues: int
 
 
+class DiskUse(Reply):
+    """What this collection takes by the layout of rows and pages (see sizing), from the memories stored last; and what
+    the whole database is measured to take.
+    """
+
+    database: int
+    originals: int
+    whole_database: int
+
+
+class DeviceUse(Reply):
+    """Memory of a device other than the processor's; banks are held by the processor, so it is 0 there."""
+
+    name: str
+    bytes: int
+
+
 class Diagnostics(Reply):
     version: int
     memories: int
@@ -121,4 +140,6 @@ class Diagnostics(Reply):
     spaces: dict[str, SpaceReport]
     bytes: dict[str, int] = Field(description="memory held by the bank, by kind")
     bytes_per_memory: dict[str, float]
+    disk: DiskUse
+    device: DeviceUse
     seconds: float

@@ -92,6 +92,11 @@ class Bank:
     def version(self) -> int:
         return self._view.version
 
+    @property
+    def scan_values_max(self) -> int:
+        """Rows × D up to which there is no graph."""
+        return self._scan_values_max
+
     def view(self) -> View:
         return self._view
 

@@ -92,7 +92,10 @@ class Segment:
         """Add rows whose ids differ from one another. Only the writer calls this, and only on the tail."""
         start, stop = self.count, self.count + len(rows.ids)
         if stop > self.capacity:
-            grown = max(stop, 2 * self.capacity)
+            # By doubling alone, whatever the batches: so that what a tail takes is known beforehand (see sizing).
+            grown = self.capacity
+            while grown < stop:
+                grown *= 2
             self.vectors = {name: _grown(block, grown, start) for name, block in self.vectors.items()}
             self.norms = {name: _grown(block, grown, start) for name, block in self.norms.items()}
         if rows.expires is not None or (self.expires is not None and len(self.expires) < stop):

@@ -103,6 +103,13 @@ class Blobs:
             except FileNotFoundError:
                 raise ContentNotFound(f"There is no original {hash_}.") from None
 
+    def size_bytes(self, hash_: str) -> int:
+        """0 where there is none."""
+        try:
+            return self._path(hash_).stat().st_size
+        except OSError:
+            return 0
+
     def exists(self, hash_: str) -> bool:
         return self._path(hash_).exists()
 

@@ -51,6 +51,16 @@ _DESCRIBE = select(memories.c.id, memories.c.text, memories.c.blob_hash.is_not(N
 )
 
 
+@dataclass(frozen=True)
+class MemorySize:
+    """What a memory takes besides its vectors; `blob_hash` names its original."""
+
+    id_bytes: int
+    text_bytes: int
+    payload_bytes: int
+    blob_hash: str | None
+
+
 @dataclass(frozen=True, eq=False)
 class MemoryWrite:
     """A memory to be stored. `vectors` maps a space to its block, (dimension,) float32. `if_version`: the version that
@@ -204,6 +214,21 @@ class Memories:
             key = find(connection, collection_id, id_)[0]
             rows = connection.execute(select(patterns.c.space, patterns.c.vector).where(patterns.c.memory_key == key))
             return {space: from_bytes([vector], len(vector) // 4)[0] for space, vector in rows}
+
+    def sample_sizes(self, collection_id: int, limit: int) -> list[MemorySize]:
+        """Of the memories that were first stored last."""
+        c = memories.c
+        query = (
+            select(c.id, c.text, func.length(c.payload), c.blob_hash)
+            .where(c.collection_id == collection_id)
+            .order_by(c.key.desc())
+            .limit(limit)
+        )
+        with self._database.read() as connection:
+            return [
+                MemorySize(len(id_.encode()), len((text or "").encode()), payload or 0, blob_hash)
+                for id_, text, payload, blob_hash in connection.execute(query)
+            ]
 
     def count(self, collection_id: int) -> int:
         """How many memories the collection holds; none if there is no such collection."""

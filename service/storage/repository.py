@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, Select, delete, func, insert, select
+from sqlalchemy import Connection, Select, delete, func, insert, select, text
 from sqlalchemy.exc import IntegrityError
 
 from service.errors import CollectionExists, CollectionNotFound
@@ -56,6 +56,22 @@ class Repository(Memories, Writes, Updates, Receipts, Selection, Streaming, Draf
     def __init__(self, database: Database, writer: Writer) -> None:
         self._database = database
         self._writer = writer
+
+    @property
+    def is_postgres(self) -> bool:
+        return self._database.is_postgres
+
+    def size_bytes(self) -> int:
+        """What the whole database takes on disk: tables and indexes, without logs."""
+        with self._database.read() as connection:
+            if self.is_postgres:
+                ours = (
+                    "SELECT sum(pg_total_relation_size(oid)) FROM pg_class"
+                    " WHERE relkind = 'r' AND relnamespace = current_schema()::regnamespace"
+                )
+                return int(connection.execute(text(ours)).scalar_one() or 0)
+            pages, page = (connection.exec_driver_sql(f"PRAGMA {n}").scalar_one() for n in ("page_count", "page_size"))
+            return int(pages * page)
 
     def ping(self) -> None:
         """Read one row. Raises `StorageUnavailable` while the database does not answer."""

@@ -26,6 +26,7 @@ BY_COMMAND = {
     "list_collections": "collections",
     "get_collection": "info",
     "get_diagnostics": "diagnose",
+    "size": "sizing",
     "delete_collection": "drop",
     "train": "train",
     "reencode": "reencode",
