@@ -338,6 +338,15 @@ class CollectionAsking(Asking):
     def info(self) -> Steps[CollectionInfo]:
         return CollectionInfo.of((yield from self.here("get_collection")))
 
+    def payload_indexes(self) -> Steps[Any]:
+        return (yield from self.here("list_payload_indexes"))["payload_indexes"]
+
+    def create_payload_index(self, key: str) -> Steps[Any]:
+        return (yield from self.here("put_payload_index", key=key))
+
+    def delete_payload_index(self, key: str) -> Steps[None]:
+        yield from self.here("delete_payload_index", key=key)
+
     def kernels(self) -> Steps[Any]:
         return (yield from self.here("list_kernels"))["kernels"]
 

@@ -367,6 +367,19 @@ class AsyncCollection(_Caller[CollectionAsking]):
     async def info(self) -> CollectionInfo:
         return await self._do(self._asking.info())
 
+    async def payload_indexes(self) -> list[dict[str, Any]]:
+        """The indexed keys of payloads, with how many memories have each and the bytes it takes in memory."""
+        indexes: list[dict[str, Any]] = await self._do(self._asking.payload_indexes())
+        return indexes
+
+    async def create_payload_index(self, key: str) -> dict[str, Any]:
+        """Index a payload's key, written as in filters, unless it is."""
+        index: dict[str, Any] = await self._do(self._asking.create_payload_index(key))
+        return index
+
+    async def delete_payload_index(self, key: str) -> None:
+        await self._do(self._asking.delete_payload_index(key))
+
     async def kernels(self) -> list[dict[str, Any]]:
         """The kernels that were trained, with their training records."""
         kernels: list[dict[str, Any]] = await self._do(self._asking.kernels())

@@ -24,6 +24,7 @@ from engram import (
     collections_command,
     diagnose,
     encoders_command,
+    indexes_command,
     keys_command,
     operations,
     recall_command,
@@ -86,6 +87,7 @@ app.command("export")(transfer_commands.export_rows)
 app.command()(recall_command.recall)
 collections_command.register(app)
 browse.register(app)
+indexes_command.register(app)
 training.register(app)
 app.command()(reencode.reencode)
 app.command()(diagnose.diagnose)

@@ -371,6 +371,19 @@ class Collection(_Caller[CollectionAsking]):
     def info(self) -> CollectionInfo:
         return self._do(self._asking.info())
 
+    def payload_indexes(self) -> list[dict[str, Any]]:
+        """The indexed keys of payloads, with how many memories have each and the bytes it takes in memory."""
+        indexes: list[dict[str, Any]] = self._do(self._asking.payload_indexes())
+        return indexes
+
+    def create_payload_index(self, key: str) -> dict[str, Any]:
+        """Index a payload's key, written as in filters, unless it is."""
+        index: dict[str, Any] = self._do(self._asking.create_payload_index(key))
+        return index
+
+    def delete_payload_index(self, key: str) -> None:
+        self._do(self._asking.delete_payload_index(key))
+
     def kernels(self) -> list[dict[str, Any]]:
         """The kernels that were trained, with their training records."""
         kernels: list[dict[str, Any]] = self._do(self._asking.kernels())

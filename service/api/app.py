@@ -38,6 +38,8 @@ from service.app.memory_schemas import (
     MemoryInfo,
     PatchReply,
     PatchRequest,
+    PayloadIndex,
+    PayloadIndexList,
     ScrollReply,
     ScrollRequest,
 )
@@ -70,6 +72,7 @@ DESCRIPTION = (
 )
 CollectionName = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")]
 Id = Annotated[str, Path(min_length=1, max_length=ID_MAX)]
+PayloadKey = Annotated[str, Path(min_length=1, max_length=KEY_MAX)]
 
 
 # Coroutines, though they await nothing: a plain function would be sent to a thread for every request.
@@ -242,6 +245,25 @@ async def list_kernels(collection: CollectionName, engine: Engine_, pool: Pool_)
 async def retire_kernel(collection: CollectionName, kernel: str, engine: Engine_, pool: Pool_) -> None:
     """Go on without a kernel that is in use; its record stays."""
     await pool.run(engine.retire_kernel, collection, kernel)
+
+
+@v1.get("/collections/{collection}/payload_indexes", tags=["collections"])
+async def list_payload_indexes(collection: CollectionName, engine: Engine_, pool: Pool_) -> PayloadIndexList:
+    """The keys of payloads that are indexed, with what each takes."""
+    return await pool.run(engine.payload_indexes, collection)
+
+
+@v1.put("/collections/{collection}/payload_indexes/{key:path}", tags=["collections"])
+async def put_payload_index(collection: CollectionName, key: PayloadKey, engine: Engine_, pool: Pool_) -> PayloadIndex:
+    """Index a payload's key, written as in filters: the first filtered recall need not read every payload, filters on
+    indexed keys are counted in memory, and the few memories that they keep are found without reading the others.
+    """
+    return await pool.run(engine.put_payload_index, collection, key)
+
+
+@v1.delete("/collections/{collection}/payload_indexes/{key:path}", status_code=204, tags=["collections"])
+async def delete_payload_index(collection: CollectionName, key: PayloadKey, engine: Engine_, pool: Pool_) -> None:
+    await pool.run(engine.delete_payload_index, collection, key)
 
 
 # --- store and recall -------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from service.core.similarity import Kernel
 from service.encoders.protocol import Decoder
 from service.errors import CollectionNotFound, EngramError, InvalidRequest
 from service.storage.memories import Drafted
+from service.storage.payload_indexes import indexed_keys
 from service.storage.repository import Collection
 
 log = structlog.get_logger()
@@ -67,6 +68,7 @@ def load(resources: Resources, row: Collection) -> LiveCollection:
     _learn(resources, live, row, kernels)
     while live.bank.seal_due() and live.bank.seal():
         pass
+    live.index()
     return live
 
 
@@ -80,6 +82,8 @@ def relearn(resources: Resources, live: LiveCollection) -> bool:
     if row.config["config"] != live.config.model_dump(mode="json"):
         return False
     _learn(resources, live, row, _add_kernels(resources, live))
+    live.indexed = indexed_keys(row.config)
+    live.index()
     live.revision = row.revision
     return True
 

@@ -17,7 +17,7 @@ from typing import Any, Self, cast
 
 import structlog
 
-from service.app import collections, memories
+from service.app import collections, memories, payload_indexes
 from service.app.absent import AbsentEncoder
 from service.app.access import CALLER, Level, Need, check
 from service.app.admission import Admission
@@ -48,6 +48,8 @@ from service.app.memory_schemas import (
     MemoryInfo,
     PatchReply,
     PatchRequest,
+    PayloadIndex,
+    PayloadIndexList,
     ScrollReply,
     ScrollRequest,
 )
@@ -379,6 +381,16 @@ class Engine:
         request = request or CountRequest()
         at = live_at if request.filter is None else stored_at  # the bank knows how many there are
         return memories.count(self.resources, at(self.resources, name, request), request)
+
+    def put_payload_index(self, name: str, key: str) -> PayloadIndex:
+        """Raises `InvalidRequest`: no key, or one too many."""
+        return payload_indexes.put(self.resources, self.resources.live(name), key)
+
+    def delete_payload_index(self, name: str, key: str) -> None:
+        payload_indexes.delete(self.resources, self.resources.live(name), key)
+
+    def payload_indexes(self, name: str) -> PayloadIndexList:
+        return payload_indexes.listed(self.resources.live(name))
 
     # --- in bulk ---
 

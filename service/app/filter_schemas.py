@@ -112,6 +112,11 @@ def path_of(key: str) -> Path:
     return tuple(name[1:-1] if name.startswith('"') else name for name in names)
 
 
+def key_of(path: Path) -> str:
+    """The key of a path, in quotes only where they are needed."""
+    return ".".join(f'"{name}"' if set(name) & set(".[]") else name for name in path)
+
+
 Key = Annotated[str, Field(min_length=1, max_length=KEY_MAX), AfterValidator(_well_formed)]
 """A payload's key, as in seller.city or "opening hours".monday."""
 

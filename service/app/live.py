@@ -17,6 +17,7 @@ import orjson
 from numpy.typing import NDArray
 
 from service.app.absent import AbsentEncoder
+from service.app.filter_schemas import path_of
 from service.app.gate_schemas import CalibrationInfo, CalibrationRecord, CalibrationState
 from service.app.schemas import CollectionConfig, SpaceConfig
 from service.bank import NEVER, Bank, Layout, Rows, SpaceLayout, View
@@ -26,6 +27,7 @@ from service.encoders.protocol import Decoder, Encoder
 from service.errors import EngramError, InvalidRequest
 from service.storage.learned import Retired
 from service.storage.memories import PatternChunk, microseconds_now
+from service.storage.payload_indexes import indexed_keys
 from service.storage.repository import Collection
 
 if TYPE_CHECKING:
@@ -140,6 +142,8 @@ class LiveCollection:
         self.corruptions: list[Corruption] = list(config.corruptions or DEFAULT_CORRUPTIONS)
         self.bank = Bank(self.layout, device=device)
         self.bank.write(None, [], row.version)  # an empty bank, too, stands at its collection's version
+        self.indexed = indexed_keys(row.config)  # keys of payloads, see payload_indexes
+        self._indexing = threading.Lock()
         self.admission = threading.Lock()  # see duplicates.admitting
         self.described = False  # whether any memory has a caption or an original
         self.learned = Learned()
@@ -202,6 +206,11 @@ class LiveCollection:
         self.bank.write(rows, deletes, version)
         self.changed_rows += len(deletes) + (0 if rows is None else len(rows.ids))
         self.last_write_s = time.monotonic()
+
+    def index(self) -> None:
+        """Have the bank keep the columns of the keys that are indexed now; takes a while where some are new."""
+        with self._indexing:  # or of two that were changed at once the former's list might be the last
+            self.bank.index(map(path_of, self.indexed))
 
     @property
     def faulty(self) -> bool:

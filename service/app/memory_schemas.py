@@ -168,3 +168,13 @@ class PatchReply(Reply):
     id: str
     version: int
     warnings: list[str]
+
+
+class PayloadIndex(Reply):
+    key: str
+    memories: int = Field(description="those that have the key")
+    bytes: int = Field(description="held in memory for it")
+
+
+class PayloadIndexList(Reply):
+    payload_indexes: list[PayloadIndex]

@@ -13,10 +13,13 @@ from service.app.access import Need
 ANYWHERE = (
     "list_encoders", "list_collections", "list_operations", "get_operation", "cancel_operation", "retry_operation",
 )  # fmt: skip
-READ = ("get_collection", "get_diagnostics", "size", "list_kernels")
+READ = ("get_collection", "get_diagnostics", "size", "list_kernels", "list_payload_indexes")
 RECALL = ("recall", "get_memories", "get_memory", "get_content", "scroll", "count", "export")
 WRITE = ("store", "import_rows", "patch_memory", "delete_memories", "delete_memory")
-ADMIN = ("create_collection", "delete_collection", "train", "reencode", "retire_kernel")
+ADMIN = (
+    "create_collection", "delete_collection", "train", "reencode", "retire_kernel", "put_payload_index",
+    "delete_payload_index",
+)  # fmt: skip
 KEYS = ("create_key", "list_keys", "revoke_key")
 
 UNDECLARED = Need("admin", "everything")

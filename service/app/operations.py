@@ -31,6 +31,8 @@ from service.app.memory_schemas import (
     MemoryInfo,
     PatchReply,
     PatchRequest,
+    PayloadIndex,
+    PayloadIndexList,
     ScrollReply,
     ScrollRequest,
 )
@@ -140,6 +142,18 @@ OPERATIONS: dict[str, Operation] = {
         Operation(
             "retire_kernel", "DELETE", _COLLECTION + "/kernels/{kernel}", None, None,
             lambda engine, path, _: engine.retire_kernel(path["collection"], path["kernel"]),
+        ),
+        Operation(
+            "list_payload_indexes", "GET", _COLLECTION + "/payload_indexes", None, PayloadIndexList,
+            lambda engine, path, _: engine.payload_indexes(path["collection"]), reads=True,
+        ),
+        Operation(
+            "put_payload_index", "PUT", _COLLECTION + "/payload_indexes/{key}", None, PayloadIndex,
+            lambda engine, path, _: engine.put_payload_index(path["collection"], path["key"]),
+        ),
+        Operation(
+            "delete_payload_index", "DELETE", _COLLECTION + "/payload_indexes/{key}", None, None,
+            lambda engine, path, _: engine.delete_payload_index(path["collection"], path["key"]),
         ),
         # --- store and recall ---
         Operation(

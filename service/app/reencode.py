@@ -227,6 +227,7 @@ class _Reencoding:
         fill(self._resources, successor, self._drafted)
         while successor.bank.seal_due() and successor.bank.seal():
             self._beat(DRAFTING_SHARE)
+        successor.index()
         return successor
 
     def _follow(self) -> None:
@@ -286,6 +287,9 @@ class _Reencoding:
             if swapped is not None:
                 successor.described = live.described
                 successor.revision = swapped.revision
+                if successor.indexed != live.indexed:  # changed since the second bank was begun
+                    successor.indexed = live.indexed
+                    successor.index()
                 successor.bank.write(None, swapped.deleted, swapped.version)
                 self._resources.replace(successor)
 

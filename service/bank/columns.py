@@ -1,23 +1,22 @@
 """Payload columns: of the keys that filters ask for, the values of a segment's rows, laid out by type.
 
-Strategy: payloads are kept as JSON. The first filter on a key parses them once and keeps what the key has, in blocks of
-rows; from then on a condition is a few comparisons of numpy arrays. (Arrow's reader of JSON refuses a key whose
+Strategy: payloads are kept as JSON. They are parsed once for a key, at the first filter on it or, where it is indexed,
+as they come, and what the key has is kept in blocks of rows; from then on a condition is a few comparisons of numpy
+arrays. (Arrow's reader of JSON refuses a key whose
 values differ in type, its package takes 170 MB, and its comparisons are no faster.)
 
 Rules:
 - A column says of each element (see `core.filter`) its row and its value; a row has any number of elements.
-- A payload never changes, so a full block is made once. The last block of a tail is made again when it has grown.
+- A payload never changes, so each is read once for a column; that of a tail's last block grows with it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
 from service.core.filter import INTEGER_MAX, INTEGER_MIN, Bounds, Number, Path, Values, as_real, moment
@@ -31,54 +30,33 @@ NO_MOMENT: Final = np.iinfo(np.int64).min
 
 
 class Column:
-    """The elements that one path has in a block of rows, numbered from 0."""
+    """The elements that one path has in the first `rows` rows of a block, numbered from 0."""
 
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
-        self._present: list[int] = []
-        self._nulls: list[int] = []
-        self._nested: list[int] = []  # objects, and arrays within arrays
-        self._truths: list[tuple[int, bool]] = []
-        self._integers: list[tuple[int, int]] = []
-        self._reals: list[tuple[int, float]] = []
-        self._texts: list[tuple[int, int]] = []  # row, place in the table
+    def __init__(self, path: Path) -> None:
+        self.rows = 0
+        self._path = path
+        self.present, self.nulls, self.nested = _empty(np.int32), _empty(np.int32), _empty(np.int32)
+        self.truth_rows, self.truths = _empty(np.int32), _empty(np.bool_)
+        self.integer_rows, self.integers = _empty(np.int32), _empty(np.int64)
+        self.real_rows, self.reals = _empty(np.int32), _empty(np.float64)
+        self.text_rows, self.texts = _empty(np.int32), _empty(np.int32)  # a text by its place in the table
         self._table: dict[str, int] = {}
+        self._moments: NDArray[np.int64] = _empty(np.int64)  # of the table, as far as it was asked for
 
-    def add(self, row: int, payload: dict[str, Any], path: Path) -> None:
-        """Take in a row's elements; `freeze` ends it."""
-        holders: Sequence[Any] = (payload,)
-        for key in path[:-1]:
-            holders = [each for holder in holders if isinstance(holder, dict) for each in _elements(holder, key)]
-        there = False
-        for holder in holders:
-            if isinstance(holder, dict) and path[-1] in holder:
-                there = True
-                for value in _elements(holder, path[-1]):
-                    self._take(row, value)
-        if there:
-            self._present.append(row)
-
-    def _take(self, row: int, value: object) -> None:
-        if isinstance(value, str):
-            self._texts.append((row, self._table.setdefault(value, len(self._table))))
-        elif isinstance(value, bool):
-            self._truths.append((row, value))
-        elif isinstance(value, int) and INTEGER_MIN <= value <= INTEGER_MAX:
-            self._integers.append((row, value))
-        elif isinstance(value, int | float):
-            self._reals.append((row, float(value)))
-        else:
-            (self._nulls if value is None else self._nested).append(row)
-
-    def freeze(self) -> Column:
-        """Lists to arrays."""
-        self.present, self.nulls, self.nested = map(_rows, (self._present, self._nulls, self._nested))
-        self.truth_rows, self.truths = _split(self._truths, np.bool_)
-        self.integer_rows, self.integers = _split(self._integers, np.int64)
-        self.real_rows, self.reals = _split(self._reals, np.float64)
-        self.text_rows, self.texts = _split(self._texts, np.int32)
-        del self._present, self._nulls, self._nested, self._truths, self._integers, self._reals, self._texts
-        return self
+    def extend(self, payloads: Sequence[dict[str, Any] | None]) -> None:
+        """Take in the rows that follow."""
+        new = _Elements(self._table)
+        for row, payload in enumerate(payloads, self.rows):
+            if payload is not None:
+                new.add(row, payload, self._path)
+        self.rows += len(payloads)
+        self.present, self.nulls = _longer(self.present, new.present), _longer(self.nulls, new.nulls)
+        self.nested = _longer(self.nested, new.nested)
+        self.truth_rows, self.truths = _longer(self.truth_rows, new.truth_rows), _longer(self.truths, new.truths)
+        self.integer_rows = _longer(self.integer_rows, new.integer_rows)
+        self.integers = _longer(self.integers, new.integers)
+        self.real_rows, self.reals = _longer(self.real_rows, new.real_rows), _longer(self.reals, new.reals)
+        self.text_rows, self.texts = _longer(self.text_rows, new.text_rows), _longer(self.texts, new.texts)
 
     @property
     def size_bytes(self) -> int:
@@ -119,16 +97,17 @@ class Column:
         return self._mask(self.integer_rows[integers], self.real_rows[reals])
 
     def moments_within(self, bounds: Bounds) -> Mask:
-        moments = self._moments
+        moments = self._made_moments()
         kept = moments != NO_MOMENT
         for name, bound in bounds.given():
             kept &= _integers_within(moments, name, bound)
         return self._mask(self.text_rows[kept[self.texts]])
 
-    @cached_property
-    def _moments(self) -> NDArray[np.int64]:
-        found = (moment(text) for text in self._table)
-        return np.fromiter((NO_MOMENT if each is None else each for each in found), np.int64, len(self._table))
+    def _made_moments(self) -> NDArray[np.int64]:
+        new = list(self._table)[len(self._moments) :]
+        found = [NO_MOMENT if at is None else at for at in map(moment, new)]
+        self._moments = _longer(self._moments, found)
+        return self._moments
 
     def _hits(self, values: Values) -> tuple[Mask, Mask, Mask, Mask]:
         """Which truths, integers, reals and texts are among `values`."""
@@ -152,15 +131,51 @@ class Column:
         return mask
 
 
-def make_columns(payloads: Sequence[bytes | None], paths: Sequence[Path]) -> list[Column]:
-    """The columns of `paths` over these rows; each payload is parsed once."""
-    columns = [Column(len(payloads)) for _ in paths]
-    for row, raw in enumerate(payloads):
-        if raw is not None:
-            payload = orjson.loads(raw)
-            for column, path in zip(columns, paths, strict=True):
-                column.add(row, payload, path)
-    return [column.freeze() for column in columns]
+class _Elements:
+    """The elements of further rows, by type; texts by their place in the column's table, which grows."""
+
+    def __init__(self, table: dict[str, int]) -> None:
+        self._table = table
+        self.present: list[int] = []
+        self.nulls: list[int] = []
+        self.nested: list[int] = []  # objects, and arrays within arrays
+        self.truth_rows: list[int] = []
+        self.truths: list[bool] = []
+        self.integer_rows: list[int] = []
+        self.integers: list[int] = []
+        self.real_rows: list[int] = []
+        self.reals: list[float] = []
+        self.text_rows: list[int] = []
+        self.texts: list[int] = []
+
+    def add(self, row: int, payload: dict[str, Any], path: Path) -> None:
+        holders: Sequence[Any] = (payload,)
+        for key in path[:-1]:
+            holders = [each for holder in holders if isinstance(holder, dict) for each in _elements(holder, key)]
+        there = False
+        for holder in holders:
+            if isinstance(holder, dict) and path[-1] in holder:
+                there = True
+                for value in _elements(holder, path[-1]):
+                    self._take(row, value)
+        if there:
+            self.present.append(row)
+
+    def _take(self, row: int, value: object) -> None:
+        if isinstance(value, str):
+            self.text_rows.append(row)
+            self.texts.append(self._table.setdefault(value, len(self._table)))
+        elif isinstance(value, bool):
+            self.truth_rows.append(row)
+            self.truths.append(value)
+        elif isinstance(value, int) and INTEGER_MIN <= value <= INTEGER_MAX:
+            self.integer_rows.append(row)
+            self.integers.append(value)
+        elif isinstance(value, int | float):
+            self.real_rows.append(row)
+            self.reals.append(float(value))
+        else:
+            (self.nulls if value is None else self.nested).append(row)
 
 
 def _elements(holder: dict[str, Any], key: str) -> Sequence[Any]:
@@ -170,16 +185,17 @@ def _elements(holder: dict[str, Any], key: str) -> Sequence[Any]:
     return value if isinstance(value, list) else (value,)
 
 
-def _rows(rows: list[int]) -> NDArray[np.int32]:
-    return np.array(rows, np.int32)
+def _empty(dtype: Any) -> NDArray[Any]:
+    return np.empty(0, dtype)
 
 
-def _split(pairs: list[tuple[int, Any]], dtype: Any) -> tuple[NDArray[np.int32], NDArray[Any]]:
-    rows, values = zip(*pairs, strict=True) if pairs else ((), ())
-    return np.array(rows, np.int32), np.array(values, dtype)
+def _longer(array: NDArray[Any], more: list[Any]) -> NDArray[Any]:
+    return np.concatenate([array, np.array(more, array.dtype)]) if more else array
 
 
 def _among(values: NDArray[Any], wanted: NDArray[Any]) -> Mask:
+    if not (len(values) and len(wanted)):
+        return np.zeros(len(values), np.bool_)
     if len(wanted) == 1:
         mask: Mask = values == wanted[0]
         return mask

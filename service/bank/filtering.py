@@ -14,16 +14,17 @@ from collections.abc import Iterable, Sequence
 from functools import reduce
 
 import numpy as np
+import orjson
 
-from service.bank.columns import Column, Mask, make_columns
+from service.bank.columns import Column, Mask
 from service.core.filter import AnyOf, Clause, Except, Exists, Ids, Node, Null, Path, Prefix, Range, paths
 
 BLOCK_ROWS = 8192
-"""Rows of one block of columns: the last one of a tail is made again for rows that came since, in some ten
-milliseconds."""
+"""Rows of one block of columns: what is copied at most when a tail's last one grows, some ten microseconds an array."""
 
 PATHS_MAX = 64
-"""Paths whose columns are kept, the last asked for: what filters of one application ask about."""
+"""Paths whose columns are kept besides the indexed ones, the last asked for: what filters of one application ask
+about."""
 
 MASKS_BYTES_MAX = 2**24
 """Answers kept, a byte a row: some hundred filters over a hundred thousand rows."""
@@ -38,6 +39,22 @@ class Filtering:
         self._blocks: OrderedDict[Path, dict[int, Column]] = OrderedDict()
         self._masks: OrderedDict[Clause, Mask] = OrderedDict()
         self._lock = threading.Lock()
+        self._indexed: tuple[Path, ...] = ()
+        self._grown = 0  # rows up to which those columns are known to reach
+
+    def keep(self, indexed: Iterable[Path]) -> None:
+        """Have the columns of these paths from now on, whatever filters ask for, and no longer those of paths that were
+        indexed before."""
+        with self._lock:
+            before, self._indexed = self._indexed, tuple(indexed)
+            for path in set(before) - set(self._indexed):
+                self._blocks.pop(path, None)
+        self._make_all(self._indexed)
+
+    def grow(self) -> None:
+        """Bring the columns of indexed paths up to the rows that were appended. Only the writer calls this."""
+        if self._indexed:
+            self._grown = self._make_all(self._indexed, since=self._grown)
 
     def mask(self, clause: Clause, count: int) -> Mask:
         """(count,) of the first `count` rows: True where the filter keeps one. Not to be written to."""
@@ -59,10 +76,7 @@ class Filtering:
 
     def warm(self, asked: Iterable[Path]) -> None:
         """Make the columns of these paths, before anybody waits for them."""
-        with self._lock:
-            wanted = list(asked)[:PATHS_MAX]
-            for start in range(0, len(self._payloads), BLOCK_ROWS):
-                self._make(wanted, start // BLOCK_ROWS, min(start + BLOCK_ROWS, len(self._payloads)))
+        self._make_all(list(asked)[:PATHS_MAX])
 
     @property
     def paths(self) -> list[Path]:
@@ -76,6 +90,10 @@ class Filtering:
             columns = sum(column.size_bytes for blocks in self._blocks.values() for column in blocks.values())
             return columns + sum(len(mask) for mask in self._masks.values())
 
+    def column_bytes(self, path: Path) -> int:
+        with self._lock:
+            return sum(column.size_bytes for column in self._blocks.get(path, {}).values())
+
     def _evaluated(self, clause: Clause, asked: Sequence[Path], start: int, stop: int) -> Mask:
         """Of rows from `start` to `stop`, which lie in one block."""
         block = start // BLOCK_ROWS
@@ -84,22 +102,33 @@ class Filtering:
         columns = {path: self._blocks[path][block] for path in asked}
         return _Block(columns, self._ids[first:stop]).mask(clause)[start - first : stop - first]
 
+    def _make_all(self, asked: Sequence[Path], since: int = 0) -> int:
+        """Make the columns of all rows, those before `since` having theirs; how many rows that are."""
+        count = len(self._payloads)
+        for block in range(since // BLOCK_ROWS, -(-count // BLOCK_ROWS)):
+            with self._lock:  # block by block, so that no reader waits for all of them
+                self._make(asked, block, min((block + 1) * BLOCK_ROWS, count))
+        return count
+
     def _make(self, asked: Sequence[Path], block: int, stop: int) -> None:
-        """Bring a block's columns of the paths asked for up to row `stop`."""
+        """Bring a block's columns of the paths asked for up to row `stop`; each payload is parsed once."""
         first = block * BLOCK_ROWS
-        due = []
+        due: dict[int, list[Column]] = {}  # by the rows that they have
         for path in asked:
             blocks = self._blocks.setdefault(path, {})
             self._blocks.move_to_end(path)
-            if block not in blocks or first + blocks[block].rows < stop:
-                due.append(path)
-        made = make_columns(self._payloads[first:stop], due) if due else []
-        for path, column in zip(due, made, strict=True):
-            self._blocks[path][block] = column
+            column = blocks.setdefault(block, Column(path))
+            if first + column.rows < stop:
+                due.setdefault(first + column.rows, []).append(column)
+        for start, columns in due.items():
+            rows = [None if raw is None else orjson.loads(raw) for raw in self._payloads[start:stop]]
+            for column in columns:
+                column.extend(rows)
 
     def _shrink(self) -> None:
-        while len(self._blocks) > PATHS_MAX:
-            self._blocks.popitem(last=False)
+        asked = [path for path in self._blocks if path not in self._indexed]
+        for path in asked[: max(0, len(asked) - PATHS_MAX)]:
+            del self._blocks[path]
         kept = sum(len(mask) for mask in self._masks.values())
         while kept > MASKS_BYTES_MAX and len(self._masks) > 1:
             kept -= len(self._masks.popitem(last=False)[1])

@@ -26,6 +26,7 @@ from service.storage.jobs import Jobs
 from service.storage.keys import ApiKeys
 from service.storage.learned import Learned
 from service.storage.memories import Memories
+from service.storage.payload_indexes import PayloadIndexes
 from service.storage.receipts import Receipts
 from service.storage.selection import Selection
 from service.storage.streaming import Streaming
@@ -50,7 +51,9 @@ class Collection:
     revision: int = 0
 
 
-class Repository(Memories, Writes, Updates, Receipts, Selection, Streaming, Drafts, Jobs, Learned, ApiKeys, Following):
+class Repository(
+    Memories, Writes, Updates, Receipts, Selection, Streaming, Drafts, Jobs, Learned, ApiKeys, Following, PayloadIndexes
+):
     """Everything stored in one database. Safe to use from several threads."""
 
     def __init__(self, database: Database, writer: Writer) -> None:
