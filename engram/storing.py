@@ -21,7 +21,7 @@ from engram.client import Client, Collection
 from engram.files import ENDINGS, caption_of, find_pictures, read_captions
 from engram.opening import Data, Name, Url, calibrate, open_client
 from engram.replies import StoreReply
-from engram.shown import table
+from engram.shown import AsJson, console, print_json, table
 from service.errors import CollectionNotFound, InvalidRequest, NotFound
 
 INTERRUPTED = 130  # what a shell gives for a program that Ctrl-C ended
@@ -34,56 +34,63 @@ def store(
     paths: Annotated[list[Path], typer.Argument(help="Pictures, or folders to search for them.")],
     collection: Name = "memories",
     captions: Annotated[Path | None, typer.Option(help="A CSV file of filename,caption.", show_default=False)] = None,
+    as_json: AsJson = False,
     data: Data = None,
     url: Url = None,
 ) -> None:
     """Store pictures, with captions from a CSV file or from text files of the same name beside them."""
+    told = console(as_json)
     files = find_pictures(paths)
     if not files:
         raise NotFound(f"no picture ({', '.join(sorted(ENDINGS))}) in {', '.join(map(str, paths))}")
     texts = read_captions(captions) if captions else {}
     known = {*files, *(file.name for file in files.values())}
     for name in sorted(texts.keys() - known)[:ERRORS_SHOWN_MAX]:
-        out.print(
+        told.print(
             f"[yellow]{escape(str(captions))} has a caption for {escape(name)}, which is not among the pictures[/]"
         )
     columns = (TextColumn("storing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=out)
+    progress = Progress(*columns, console=told)
     task = progress.add_task("store", total=len(files))
     with open_client(data, url) as client:
         try:
-            target = made(client, collection)
+            target = made(told, client, collection)
             with progress:
-                reply = target.store(_memories(files, texts), progress=lambda count: progress.advance(task, count))
+                reply = target.store(
+                    _memories(told, files, texts), progress=lambda count: progress.advance(task, count)
+                )
         except KeyboardInterrupt:
             stored = int(progress.tasks[task].completed)
-            out.print(
+            told.print(
                 f"stopped: {stored:,} of {len(files):,} stored, and maybe more that were sent; "
                 "run the same command to go on"
             )
             raise typer.Exit(INTERRUPTED) from None
-        _report(collection, reply)
+        if as_json:
+            print_json(reply)
+        else:
+            _report(collection, reply)
         if client.in_process:
-            calibrate(out, target)
+            calibrate(told, target)
     if reply.errors:
         raise typer.Exit(1)
 
 
-def made(client: Client, name: str) -> Collection:
+def made(told: Console, client: Client, name: str) -> Collection:
     try:
         client.collection(name).info()
     except CollectionNotFound:
         client.create_collection(name)
-        out.print(f"Made the collection [bold]{escape(name)}[/] with the default spaces.")
+        told.print(f"Made the collection [bold]{escape(name)}[/] with the default spaces.")
     return client.collection(name)
 
 
-def _memories(files: dict[str, Path], captions: dict[str, str]) -> Iterator[dict[str, Any]]:
+def _memories(told: Console, files: dict[str, Path], captions: dict[str, str]) -> Iterator[dict[str, Any]]:
     for memory_id, file in files.items():
         try:
             text = caption_of(memory_id, file, captions)
         except InvalidRequest as error:
-            out.print(f"[yellow]{escape(error.detail)}; {escape(memory_id)} is stored without it[/]")
+            told.print(f"[yellow]{escape(error.detail)}; {escape(memory_id)} is stored without it[/]")
             text = None
         yield {"id": memory_id, "image": file, "text": text}
 

@@ -26,7 +26,7 @@ from engram.client import Client, Collection
 from engram.opening import Data, Name, Url, calibrate, open_client
 from engram.replies import CollectionInfo
 from engram.rows import ROW_ENDINGS, open_rows
-from engram.shown import table
+from engram.shown import AsJson, console, print_json, table
 from engram.transfer import Imported, Refusal
 from engram.transfer import Progress as Far
 from service.errors import CollectionNotFound, InvalidRequest, NotFound, NotWritable
@@ -46,6 +46,7 @@ def import_rows(
         Path | None, typer.Option(help="Write refused rows here, as NDJSON: row, id, code, detail.", show_default=False)
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an import of this file was cut off.")] = False,
+    as_json: AsJson = False,
     data: Data = None,
     url: Url = None,
 ) -> None:
@@ -55,20 +56,21 @@ def import_rows(
     if source.is_dir() or source.suffix.lower() not in ROW_ENDINGS:
         if refused is not None or resume:
             raise InvalidRequest("--refused and --resume are for a file of rows; of pictures those stored are replaced")
-        storing.store([source], collection, captions, data, url)
+        storing.store([source], collection, captions, as_json, data, url)
         return
     if captions is not None:
         raise InvalidRequest("--captions are for pictures; a row brings its text")
     if not source.is_file():
         raise NotFound(f"there is no file {source}")
+    told = console(as_json)
     note = _Note(source, collection)
     from_row = note.row() + 1 if resume else 1
     if from_row > 1:
-        out.print(f"Going on at row {from_row:,}.")
+        told.print(f"Going on at row {from_row:,}.")
     with open_client(data, url) as client:
-        target = _made(client, collection, source)
+        target = _made(told, client, collection, source)
         try:
-            with _reasons(refused, resume) as write, _progress("importing") as show:
+            with _reasons(refused, resume) as write, _progress(told, "importing") as show:
 
                 def progress(far: Far) -> None:
                     note.keep(far.imported.durable_row)
@@ -76,12 +78,15 @@ def import_rows(
 
                 done = target.import_rows(source, from_row=from_row, progress=progress, refused=write)
         except KeyboardInterrupt:
-            out.print("stopped; go on with --resume")
+            told.print("stopped; go on with --resume")
             raise typer.Exit(storing.INTERRUPTED) from None
         note.remove()
-        _report(collection, done, refused)
+        if as_json:
+            print_json(done)
+        else:
+            _report(collection, done, refused)
         if client.in_process:
-            calibrate(out, target)
+            calibrate(told, target)
     if done.refused:
         raise typer.Exit(1)
 
@@ -92,6 +97,7 @@ def export_rows(
     only: browse.Filtered = None,
     no_vectors: Annotated[bool, typer.Option("--no-vectors", help="Without the vectors.")] = False,
     content: Annotated[bool, typer.Option("--content", help="With the originals' bytes.")] = False,
+    as_json: AsJson = False,
     data: Data = None,
     url: Url = None,
 ) -> None:
@@ -107,7 +113,10 @@ def export_rows(
             sys.stdout.buffer.flush()
             return
         size = target.export(file, **options)
-    out.print(f"{escape(collection)}: {size:,} bytes in {escape(file)}")
+    if as_json:
+        print_json({"collection": collection, "file": file, "bytes": size})
+    else:
+        out.print(f"{escape(collection)}: {size:,} bytes in {escape(file)}")
 
 
 class _Note:
@@ -167,17 +176,17 @@ def _reasons(path: Path | None, more: bool) -> Iterator[Callable[[Refusal], None
 
 
 @contextmanager
-def _progress(doing: str) -> Iterator[Callable[[int, int, int], None]]:
+def _progress(told: Console, doing: str) -> Iterator[Callable[[int, int, int], None]]:
     columns = (
         TextColumn(doing), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rows]:,} rows"),
         TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=out) as bar:
+    with Progress(*columns, console=told) as bar:
         task = bar.add_task(doing, total=None, rows=0)
         yield lambda done, size, rows: bar.update(task, completed=done, total=size or None, rows=rows)
 
 
-def _made(client: Client, name: str, source: Path) -> Collection:
+def _made(told: Console, client: Client, name: str, source: Path) -> Collection:
     """The collection, made for the file's rows where there is none."""
     target = client.collection(name)
     try:
@@ -186,7 +195,7 @@ def _made(client: Client, name: str, source: Path) -> Collection:
         with open_rows(source) as rows:
             config = rows.config
         client.create_collection(name, **(config or {}))
-        out.print(f"Made the collection [bold]{escape(name)}[/] with {_spaces(target.info())}.")
+        told.print(f"Made the collection [bold]{escape(name)}[/] with {_spaces(target.info())}.")
     return target
 
 

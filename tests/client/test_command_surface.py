@@ -57,9 +57,8 @@ BY_ANOTHER = {
 NOT_YET = {"list_operations"}
 NO_JSON = {
     "serve", "demo",  # run until they are stopped
-    "content", "export",  # write the bytes
+    "content",  # writes the bytes
     "convert-dvae", "convert-weights",  # write the file that they were told
-    "store", "import",
 }  # fmt: skip
 
 
@@ -161,6 +160,9 @@ def test_a_recall_as_json_has_the_picture_in_base64(
     file.write_bytes(png(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)))
     collection.store([{"id": "one", "image": file}])
     at = ("--collection", collection.name, "--url", server_url)
+    stored = told("store", file, "--json", *at)
+    assert [result["status"] for result in stored["results"]] == ["stored"]
+    assert told("delete", stored["results"][0]["id"], "--json", *at)["count"] == 1
     answer = told("recall", file, "--save", tmp_path / "out.png", "--json", *at)
     assert (answer["verdict"], answer["matches"][0]["id"]) == ("uncalibrated", "one")
     assert base64.b64decode(answer["reconstruction"]["data"]) == (tmp_path / "out.png").read_bytes()
