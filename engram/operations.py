@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from engram.completion import complete_operation
 from engram.opening import Data, Url, open_client
 from engram.replies import Operation
 from engram.shown import AsJson, print_json, table
@@ -21,10 +22,18 @@ out = Console()
 
 def operations(
     retry: Annotated[
-        str | None, typer.Option(help="Queue this one again: it failed, died or was cancelled.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Queue this one again: it failed, died or was cancelled.",
+            show_default=False,
+            autocompletion=complete_operation,
+        ),
     ] = None,
     cancel: Annotated[
-        str | None, typer.Option(help="End this one; what it has done is kept.", show_default=False)
+        str | None,
+        typer.Option(
+            help="End this one; what it has done is kept.", show_default=False, autocompletion=complete_operation
+        ),
     ] = None,
     as_json: AsJson = False,
     data: Data = None,
