@@ -374,12 +374,15 @@ def given(**fields: Any) -> Body:
     return {name: value for name, value in fields.items() if value is not None}
 
 
+REPEATED = frozenset({429, 502, 503})  # 502: a balancer's, whose server went away in the middle
+
+
 def _pause_s(error: EngramError, attempt: int) -> float | None:
     """How long to wait before the attempt after this one; None where another would fail as well.
 
     Full jitter: callers refused together do not come back together. (Brooker, "Exponential Backoff and Jitter", 2015)
     """
-    if error.status not in (429, 503) or isinstance(error, LASTING):
+    if error.status not in REPEATED or isinstance(error, LASTING):
         return None
     jitter_s = random.uniform(0, min(PAUSE_MAX_S, PAUSE_S * 2.0**attempt))
     return jitter_s + (error.retry_after_s or 0)

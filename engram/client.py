@@ -68,7 +68,7 @@ class Client(_Caller[Asking]):
     Raises `FolderInUse`, naming the owner's pid and address, when another process owns the folder.
 
     timeout_s: how long an answer is waited for (`TimedOut`); the engine in this process is not cut off.
-    retries: how often a call is asked again that was refused for now (429, 503) or whose connection was refused or
+    retries: how often a call is asked again that was refused for now (429, 502, 503) or whose connection was refused or
     broke; after a pause of growing length, drawn at random, and not before the server's Retry-After; for at most a
     minute in all. Only what is safe to repeat: reads, and stores and updates, each of which has a key under which it
     is done once. A server that never answered this client is not waited for.
