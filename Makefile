@@ -15,6 +15,7 @@
 #   make bench-sizing what a sizing estimates beside collections that are really built
 #   make bench-core  a step of recall by every separation and support beside the products it cannot avoid (six minutes)
 #   make bench-rpc   recall and store over gRPC beside REST, of one server
+#   make bench-import 60,000 rows imported and exported over HTTP as Arrow, Parquet and NDJSON, beside FAISS and SQLite alone
 #   make bench-ingest pictures stored from files, in process and over HTTP, beside the bare model (a quarter of an hour)
 #   make setup       fill .venv alone        make lint / make types    one check alone
 #   make openapi     write openapi/openapi.json and engram.proto after the API has changed
@@ -28,7 +29,7 @@ STAMP := .venv/.engram-installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full test-cluster lint types bench-load bench-filters bench-core bench-ingest bench-sizing bench-rpc papers papers-data weights weights-data openapi constraints clean
+.PHONY: help setup demo test test-full test-cluster lint types bench-load bench-filters bench-core bench-import bench-ingest bench-sizing bench-rpc papers papers-data weights weights-data openapi constraints clean
 
 help:
 	@sed -n 's/^#   /  /p; s/^# \(What\)/\1/p' Makefile
@@ -66,6 +67,9 @@ test-cluster: setup
 
 bench-load: setup
 	$(BIN)/python -m benchmarks.load
+
+bench-import: setup
+	$(BIN)/python -m benchmarks.transfer
 
 bench-ingest: setup
 	$(BIN)/python -m benchmarks.ingest

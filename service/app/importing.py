@@ -264,6 +264,7 @@ class _Import:
                 item.image, item.vectors = None, {}
 
     def _commit(self, live: LiveCollection, items: Sequence[Item]) -> tuple[int | None, list[Outcome]]:
+        live.imported_s = time.monotonic()
         hashes = keep_originals(self._resources, items)
         for hash_ in hashes:
             if hash_ is not None:

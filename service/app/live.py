@@ -5,6 +5,7 @@ SQL is the truth; this is what follows from it, commit by commit, on storage's o
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -154,6 +155,7 @@ class LiveCollection:
         self._retired: list[Kernel] = []
         self.last_write_s = 0.0  # monotonic; calibration waits for quiet
         self.revision = row.revision  # of what was learned, as the database counts it
+        self.imported_s = -math.inf  # monotonic; when rows of an import were stored last
         self.changed: Changed | None = None  # where a re-encoding follows
         self.following = threading.RLock()  # held while a commit, or several, are brought to the bank
         self.tell: Callable[[], None] = lambda: None  # other servers, that there is something to follow

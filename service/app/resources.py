@@ -29,6 +29,8 @@ CALIBRATE_JOB = "calibrate"
 KERNEL_JOB = "kernel"
 REENCODE_JOB = "reencode"
 SUCCESSOR_WAIT_S = 10.0  # loading a hundred thousand memories takes a second
+IMPORT_QUIET_S = 2.0  # an import is over when so long nothing of it was stored
+IMPORT_SCANNED_MAX = 2**26  # values scanned by a recall until then: some 20 ms, where a scan is 2 ms else
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,11 @@ class Resources:
         self.calibrate_if_due(live)
 
     def seal_if_due(self, live: LiveCollection) -> None:
-        """To be asked after writes, and every second or so: graphs are merged further when writes pause."""
+        """To be asked after writes, and every second or so: graphs are merged further when writes pause. While rows are
+        imported it waits, up to a bound: else most graphs would be built only to be built again, larger.
+        """
+        if time.monotonic() - live.imported_s < IMPORT_QUIET_S and live.bank.scanned_values < IMPORT_SCANNED_MAX:
+            return
         if live.bank.seal_due() and live.sealing.acquire(blocking=False):
             self._sealer.submit(self._seal, live)
 

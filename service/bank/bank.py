@@ -105,6 +105,11 @@ class Bank:
     def _seen(self, parts: Sequence[Part], version: int, kernels: Mapping[Named, Projection]) -> View:
         return View(self.layout, self.device, tuple(parts), version, kernels, self._scan_values_max)
 
+    @property
+    def scanned_values(self) -> int:
+        """Of rows that no graph is over yet, dead ones among them."""
+        return self.layout.dimension * sum(part.count for part in self._view.parts if not part.segment.built_on)
+
     def sizes(self) -> dict[str, int]:
         """Bytes by kind: `patterns`, `keys` (all that kernels take), `graph`, `payloads`, `ids` (strings and tables by
         estimate)."""
