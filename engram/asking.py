@@ -14,11 +14,9 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from functools import partial
 from typing import Any, Self, TypeVar
 
-from engram.pictures import sent_image
 from engram.replies import (
     ApiKey,
     CollectionInfo,
@@ -26,13 +24,13 @@ from engram.replies import (
     Memory,
     NewKey,
     Operation,
-    Problem,
     Recall,
     StoredItem,
     StoreReply,
     Updated,
 )
 from engram.reports import Diagnostics, Sizing
+from engram.sending import Request, in_requests, picture_bytes, sent_cues, store_requests, with_pictures
 from engram.steps import Call, Content, Join, Pause, Start, Step, Steps, Work
 from engram.transport import WAIT_MARGIN_S, WAIT_MAX_S, Body
 from service.app.fields import BATCH_MAX
@@ -48,10 +46,8 @@ from service.errors import (
 )
 
 T = TypeVar("T")
-Item = TypeVar("Item")
 
 BATCH = 64  # memories a request: an encoder's batch or two, so that progress shows and one request stays short
-BATCH_BYTES_MAX = 24 * 2**20  # pictures in one request: well under what a server accepts by default (64 MiB)
 PAGE = 256  # memories of a scroll's page: some hundred kilobytes of payloads and texts
 KEPT: Any = object()  # what an update leaves as it is; None removes
 POLL_S = 0.2  # between two looks at a calibration, which takes seconds
@@ -62,9 +58,6 @@ PAUSE_S = 0.1  # the first pause is at most this
 PAUSE_MAX_S = 5.0
 RETRY_MAX_S = 60.0  # after so long no attempt is begun: a caller who would wait longer does better by asking again
 LASTING = (WeightsMissing, WeightsRefused, DeviceMissing)  # 503s that no pause mends
-
-Request = list[Body | StoredItem]
-"""Memories, each as it is sent, or already with its answer where it could not be."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +204,7 @@ class CollectionAsking(Asking):
         results: list[StoredItem] = []
         operations: list[str] = []
         version: int | None = None
-        requests = _store_requests(memories, batch)
+        requests = store_requests(memories, batch)
         under_way: list[tuple[Request, set[Any], Any]] = []
         more = True
         while more or under_way:
@@ -241,14 +234,14 @@ class CollectionAsking(Asking):
         return (yield from self.here("store", body))
 
     def recall(self, cue: Mapping[str, Any], options: Body) -> Steps[Recall]:
-        [sent] = yield from _sent_cues([cue])
+        [sent] = yield from sent_cues([cue])
         [recalled] = yield from self._recalls({"cue": sent, **options})
         return recalled
 
     def recall_batch(self, cues: Iterable[Mapping[str, Any]], options: Body) -> Steps[list[Recall]]:
-        asked = yield from _sent_cues(list(cues))
+        asked = yield from sent_cues(list(cues))
         recalled: list[Recall] = []
-        for some in _in_requests(asked, BATCH_MAX, _picture_bytes) if asked else [[]]:
+        for some in in_requests(asked, BATCH_MAX, picture_bytes) if asked else [[]]:
             recalled += yield from self._recalls({"cues": some, **options})
         return recalled
 
@@ -269,10 +262,10 @@ class CollectionAsking(Asking):
             known = list(cues)
             if any("id" not in cue for cue in known):
                 raise InvalidRequest("a known cue names its memory: give it an id")
-            sent = yield from _sent_cues([{k: v for k, v in cue.items() if k != "id"} for cue in known])
+            sent = yield from sent_cues([{k: v for k, v in cue.items() if k != "id"} for cue in known])
             body["cues"] = [{"id": cue["id"], "cue": each} for cue, each in zip(known, sent, strict=True)]
         if negatives is not None:
-            body["negatives"] = yield from _sent_cues(list(negatives))
+            body["negatives"] = yield from sent_cues(list(negatives))
         return Operation.of((yield from self.here("train", body)))
 
     def reencode(self, space: str, body: Body, wait: bool) -> Steps[Operation]:
@@ -290,7 +283,7 @@ class CollectionAsking(Asking):
         vectors = named.pop("vectors", None) or {}
         gone = [name for name, value in named.items() if value is None]
         gone += [f"vectors.{space}" for space, vector in vectors.items() if vector is None]
-        body: Body = yield Work(partial(_with_pictures, named))
+        body: Body = yield Work(partial(with_pictures, named))
         body |= given(vectors=given(**vectors) or None, remove=gone or None)
         return Updated.of((yield from self.here("patch_memory", body | options, id=memory_id)))
 
@@ -386,59 +379,3 @@ def _pause_s(error: EngramError, attempt: int) -> float | None:
         return None
     jitter_s = random.uniform(0, min(PAUSE_MAX_S, PAUSE_S * 2.0**attempt))
     return jitter_s + (error.retry_after_s or 0)
-
-
-def _store_requests(memories: Iterable[Mapping[str, Any]], count_max: int) -> Iterator[Request]:
-    """Memories with their pictures read, in bounded lists; one whose picture cannot be read is its own answer."""
-    if count_max < 1:
-        raise InvalidRequest(f"batch is {count_max}, and must be at least 1")
-    return _in_requests(map(_sent_memory, memories), count_max, _picture_bytes)
-
-
-def _in_requests(items: Iterable[Item], count_max: int, bytes_of: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """Lists of at most `count_max` items, and of pictures of at most `BATCH_BYTES_MAX` where they are several."""
-    some: list[Item] = []
-    size_bytes = 0
-    for item in items:
-        item_bytes = bytes_of(item)
-        if some and (len(some) == count_max or size_bytes + item_bytes > BATCH_BYTES_MAX):
-            yield some
-            some, size_bytes = [], 0
-        some.append(item)
-        size_bytes += item_bytes
-    if some:
-        yield some
-
-
-def _picture_bytes(item: Body | StoredItem) -> int:
-    if not isinstance(item, dict):
-        return 0
-    return sum(len(item[name]["base64"]) for name in ("image", "mask") if name in item)
-
-
-def _sent_memory(memory: Mapping[str, Any]) -> Body | StoredItem:
-    try:
-        return _with_pictures(memory)
-    except EngramError as error:
-        return StoredItem(memory.get("id"), "error", error=Problem(error.code, error.detail))
-
-
-def _sent_cues(cues: list[Mapping[str, Any]]) -> Steps[list[Body]]:
-    def read() -> list[Body]:
-        return [_with_pictures(cue) for cue in cues]
-
-    if any(cue.get(name) is not None for cue in cues for name in ("image", "mask")):
-        sent: list[Body] = yield Work(read)
-        return sent
-    return read()
-
-
-def _with_pictures(fields: Mapping[str, Any]) -> Body:
-    """What is given of a memory or a cue, its pictures read."""
-    return {name: _sent(name, value) for name, value in fields.items() if value is not None}
-
-
-def _sent(name: str, value: Any) -> Any:
-    if name in ("image", "mask"):
-        return sent_image(value)
-    return value.isoformat() if name == "expires_at" and isinstance(value, datetime) else value
