@@ -216,3 +216,17 @@ def test_options_that_are_none() -> None:
 
 def test_the_awaited_client_is_written_from_the_other() -> None:
     assert awaited.PATH.read_text() == awaited.text(), "write it: python -m engram.awaited"
+
+
+@pytest.mark.parametrize("asked_for", [True, False])
+def test_reads_ask_for_the_last_version_seen_of_their_collection(asked_for: bool) -> None:
+    asking = Asking(Options(read_your_writes=asked_for))
+    here = asking.collection("c")
+    for version in (5, 4):
+        attempts(here.delete("a", None, False), [], {"version": version, "deleted": []})
+    asked = {}
+    for name, collection in {"here": here, "another": asking.collection("d")}.items():
+        _, [call] = attempts(collection.count(None, None), [], {"count": 1})
+        assert isinstance(call, Call)
+        asked[name] = (call.body or {}).get("min_version")
+    assert asked == {"here": 5 if asked_for else None, "another": None}
