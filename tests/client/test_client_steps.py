@@ -223,7 +223,7 @@ def test_reads_ask_for_the_last_version_seen_of_their_collection(asked_for: bool
     asking = Asking(Options(read_your_writes=asked_for))
     here = asking.collection("c")
     for version in (5, 4):
-        attempts(here.delete("a", None, False), [], {"version": version, "deleted": []})
+        attempts(here.delete("a", None, False, None), [], {"version": version, "deleted": []})
     asked = {}
     for name, collection in {"here": here, "another": asking.collection("d")}.items():
         _, [call] = attempts(collection.count(None, None), [], {"count": 1})
