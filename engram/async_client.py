@@ -12,9 +12,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
+from engram import snapshots
 from engram.asking import BATCH, KEPT, PAGE, RETRIES, Asking, CollectionAsking, Options, given
-from engram.replies import ApiKey, CollectionInfo, EncoderInfo, Memory, NewKey, Operation, Recall, StoreReply, Updated
+from engram.replies import (
+    ApiKey,
+    CollectionInfo,
+    EncoderInfo,
+    Memory,
+    NewKey,
+    Operation,
+    Problem,
+    Recall,
+    StoreReply,
+    Updated,
+)
 from engram.reports import Diagnostics, Sizing
+from engram.snapshots import Restored, Snapshot
 from engram.steps import Steps, run_async
 from engram.transfer import (
     Imported,
@@ -104,6 +117,12 @@ class AsyncClient(_Caller[Asking]):
 
     async def delete_collection(self, name: str) -> None:
         await self._do(self._asking.delete_collection(name))
+
+    async def restore(self, path: str | Path, into: str | None = None, *, replace: bool = False) -> Restored:
+        """Make a collection of a snapshot's file; None: under the name of the one it was made of. It stays among that
+        collection's snapshots. Raises as `AsyncCollection.upload_snapshot` and `AsyncCollection.restore`.
+        """
+        return await self._do(snapshots.restore_file(self._asking, Path(path), into, replace))
 
     async def operations(self) -> list[Operation]:
         """The last hundred, the newest first."""
@@ -363,6 +382,60 @@ class AsyncCollection(_Caller[CollectionAsking]):
     async def count(self, filter: Mapping[str, Any] | None = None, *, min_version: int | None = None) -> int:
         """How many memories there are, or a filter keeps. `min_version` as in `get`."""
         return await self._do(self._asking.count(filter, min_version))
+
+    async def snapshot(self) -> Snapshot:
+        """Make a snapshot of the collection as it is, and wait for it. Raises `Conflict` while another one is made."""
+        return await self._do(snapshots.create(self._asking))
+
+    async def start_snapshot(self) -> Operation:
+        """As `snapshot`, without waiting: see `AsyncClient.operation` for how far it is."""
+        return await self._do(snapshots.begin(self._asking))
+
+    async def snapshots(self) -> list[Snapshot]:
+        """Those that are kept, the oldest first, whether the collection is still there or not; but damaged ones."""
+        return await self._do(snapshots.listed(self._asking))
+
+    async def damaged_snapshots(self) -> dict[str, Problem]:
+        """Those that cannot be read, by their names, with why."""
+        return await self._do(snapshots.damaged(self._asking))
+
+    async def snapshot_info(self, snapshot_id: str) -> Snapshot:
+        """Raises `SnapshotNotFound`."""
+        return await self._do(snapshots.info(self._asking, snapshot_id))
+
+    async def download_snapshot(
+        self, snapshot_id: str, path: str | Path, *, progress: Callable[[int], None] | None = None
+    ) -> Path:
+        """Write one to a file, or into a folder under its own name; `progress` is given the bytes so far.
+
+        Raises `SnapshotNotFound`, `SnapshotDamaged` where what came is not what was kept, `NotWritable`.
+        """
+        return await self._do(snapshots.download(self._asking, snapshot_id, Path(path), progress))
+
+    async def upload_snapshot(
+        self, path: str | Path, snapshot_id: str | None = None, *, progress: Callable[[int], None] | None = None
+    ) -> Snapshot:
+        """Bring a snapshot's file to where the collection's are kept; None: under the name that its file suggests.
+
+        Raises `InvalidSnapshot`, `SnapshotDamaged`, `SnapshotExists`.
+        """
+        return await self._do(snapshots.upload(self._asking, Path(path), snapshot_id, progress))
+
+    async def delete_snapshot(self, snapshot_id: str) -> None:
+        """Raises `SnapshotNotFound`."""
+        await self._do(snapshots.delete(self._asking, snapshot_id))
+
+    async def restore(self, snapshot_id: str, into: str | None = None, *, replace: bool = False) -> Restored:
+        """Make a collection of a snapshot, here or under another name, and wait for it.
+
+        `replace`: it may take the place of a collection that holds memories (`CollectionNotEmpty`). Until it ends, that
+        one answers. Raises `InvalidSnapshot`, `SnapshotDamaged`; then nothing has changed.
+        """
+        return await self._do(snapshots.restore(self._asking, snapshot_id, into, replace))
+
+    async def start_restore(self, snapshot_id: str, into: str | None = None, *, replace: bool = False) -> Operation:
+        """As `restore`, without waiting."""
+        return await self._do(snapshots.begin_restore(self._asking, snapshot_id, into, replace))
 
     async def info(self) -> CollectionInfo:
         return await self._do(self._asking.info())

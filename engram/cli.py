@@ -30,6 +30,7 @@ from engram import (
     recall_command,
     reencode,
     sizing,
+    snapshot_command,
     storing,
     training,
     transfer_commands,
@@ -111,6 +112,7 @@ def demo(
 encoders_command.register(app)
 keys_command.register(app)
 sizing.register(app)
+snapshot_command.register(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -19,9 +19,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
+from engram import snapshots
 from engram.asking import BATCH, KEPT, PAGE, RETRIES, Asking, CollectionAsking, Options, given
-from engram.replies import ApiKey, CollectionInfo, EncoderInfo, Memory, NewKey, Operation, Recall, StoreReply, Updated
+from engram.replies import (
+    ApiKey,
+    CollectionInfo,
+    EncoderInfo,
+    Memory,
+    NewKey,
+    Operation,
+    Problem,
+    Recall,
+    StoreReply,
+    Updated,
+)
 from engram.reports import Diagnostics, Sizing
+from engram.snapshots import Restored, Snapshot
 from engram.steps import Steps, run
 from engram.transfer import (
     Imported,
@@ -109,6 +122,12 @@ class Client(_Caller[Asking]):
 
     def delete_collection(self, name: str) -> None:
         self._do(self._asking.delete_collection(name))
+
+    def restore(self, path: str | Path, into: str | None = None, *, replace: bool = False) -> Restored:
+        """Make a collection of a snapshot's file; None: under the name of the one it was made of. It stays among that
+        collection's snapshots. Raises as `Collection.upload_snapshot` and `Collection.restore`.
+        """
+        return self._do(snapshots.restore_file(self._asking, Path(path), into, replace))
 
     def operations(self) -> list[Operation]:
         """The last hundred, the newest first."""
@@ -367,6 +386,60 @@ class Collection(_Caller[CollectionAsking]):
     def count(self, filter: Mapping[str, Any] | None = None, *, min_version: int | None = None) -> int:
         """How many memories there are, or a filter keeps. `min_version` as in `get`."""
         return self._do(self._asking.count(filter, min_version))
+
+    def snapshot(self) -> Snapshot:
+        """Make a snapshot of the collection as it is, and wait for it. Raises `Conflict` while another one is made."""
+        return self._do(snapshots.create(self._asking))
+
+    def start_snapshot(self) -> Operation:
+        """As `snapshot`, without waiting: see `Client.operation` for how far it is."""
+        return self._do(snapshots.begin(self._asking))
+
+    def snapshots(self) -> list[Snapshot]:
+        """Those that are kept, the oldest first, whether the collection is still there or not; but damaged ones."""
+        return self._do(snapshots.listed(self._asking))
+
+    def damaged_snapshots(self) -> dict[str, Problem]:
+        """Those that cannot be read, by their names, with why."""
+        return self._do(snapshots.damaged(self._asking))
+
+    def snapshot_info(self, snapshot_id: str) -> Snapshot:
+        """Raises `SnapshotNotFound`."""
+        return self._do(snapshots.info(self._asking, snapshot_id))
+
+    def download_snapshot(
+        self, snapshot_id: str, path: str | Path, *, progress: Callable[[int], None] | None = None
+    ) -> Path:
+        """Write one to a file, or into a folder under its own name; `progress` is given the bytes so far.
+
+        Raises `SnapshotNotFound`, `SnapshotDamaged` where what came is not what was kept, `NotWritable`.
+        """
+        return self._do(snapshots.download(self._asking, snapshot_id, Path(path), progress))
+
+    def upload_snapshot(
+        self, path: str | Path, snapshot_id: str | None = None, *, progress: Callable[[int], None] | None = None
+    ) -> Snapshot:
+        """Bring a snapshot's file to where the collection's are kept; None: under the name that its file suggests.
+
+        Raises `InvalidSnapshot`, `SnapshotDamaged`, `SnapshotExists`.
+        """
+        return self._do(snapshots.upload(self._asking, Path(path), snapshot_id, progress))
+
+    def delete_snapshot(self, snapshot_id: str) -> None:
+        """Raises `SnapshotNotFound`."""
+        self._do(snapshots.delete(self._asking, snapshot_id))
+
+    def restore(self, snapshot_id: str, into: str | None = None, *, replace: bool = False) -> Restored:
+        """Make a collection of a snapshot, here or under another name, and wait for it.
+
+        `replace`: it may take the place of a collection that holds memories (`CollectionNotEmpty`). Until it ends, that
+        one answers. Raises `InvalidSnapshot`, `SnapshotDamaged`; then nothing has changed.
+        """
+        return self._do(snapshots.restore(self._asking, snapshot_id, into, replace))
+
+    def start_restore(self, snapshot_id: str, into: str | None = None, *, replace: bool = False) -> Operation:
+        """As `restore`, without waiting."""
+        return self._do(snapshots.begin_restore(self._asking, snapshot_id, into, replace))
 
     def info(self) -> CollectionInfo:
         return self._do(self._asking.info())

@@ -10,7 +10,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -33,7 +33,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 THREADS = 8  # as many as the server's own: the rest would only share the same cores
-HERE = "ENGRAM_ENCODER_DEVICE"  # of the server's settings the one that means something where nobody listens
+HERE = ("ENGRAM_ENCODER_DEVICE", "ENGRAM_SNAPSHOTS")  # of the server's settings those that mean something without it
 
 
 class LocalTransport:
@@ -70,6 +70,16 @@ class LocalTransport:
     def export(self, collection: str, options: Body, *, timeout_s: float | None = None) -> Generator[bytes, None, None]:
         chosen = {**options, "filter": json.loads(options["filter"])} if "filter" in options else options
         yield from self._engine.export(collection, validate(ExportRequest, chosen)).chunks
+
+    def download(self, collection: str, snapshot_id: str, write: Callable[[bytes], object]) -> None:
+        for piece in self._engine.snapshot_content(collection, snapshot_id)[1]:
+            write(piece)
+
+    def upload(self, collection: str, snapshot_id: str, pieces: Iterator[bytes]) -> Body:
+        with self._engine.receive_snapshot(collection, snapshot_id) as receiving:
+            for piece in pieces:
+                receiving.write(piece)
+            return receiving.keep().model_dump()
 
     def close(self) -> None:
         self._opened.close()
@@ -116,6 +126,12 @@ class AsyncLocalTransport:
         finally:
             await self._run(chunks.close)
 
+    async def download(self, collection: str, snapshot_id: str, write: Callable[[bytes], object]) -> None:
+        await self._run((await self.open()).download, collection, snapshot_id, write)
+
+    async def upload(self, collection: str, snapshot_id: str, pieces: Iterator[bytes]) -> Body:
+        return await self._run((await self.open()).upload, collection, snapshot_id, pieces)
+
     async def close(self) -> None:
         async with self._opening:
             await asyncio.to_thread(self._threads.shutdown)
@@ -128,4 +144,4 @@ class AsyncLocalTransport:
 
 
 def _environment() -> dict[str, str]:
-    return {HERE: os.environ[HERE]} if HERE in os.environ else {}
+    return {name: os.environ[name] for name in HERE if name in os.environ}

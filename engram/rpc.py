@@ -8,7 +8,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,6 +72,12 @@ class GrpcTransport:
             finally:
                 replies.cancel()
 
+    def download(self, collection: str, snapshot_id: str, write: Callable[[bytes], object]) -> None:
+        raise _over_http()
+
+    def upload(self, collection: str, snapshot_id: str, pieces: Iterator[bytes]) -> Body:
+        raise _over_http()
+
     def close(self) -> None:
         self._channel.close()
 
@@ -124,6 +130,12 @@ class AsyncGrpcTransport:
             finally:
                 replies.cancel()
 
+    async def download(self, collection: str, snapshot_id: str, write: Callable[[bytes], object]) -> None:
+        raise _over_http()
+
+    async def upload(self, collection: str, snapshot_id: str, pieces: Iterator[bytes]) -> Body:
+        raise _over_http()
+
     async def close(self) -> None:
         if self._channel is not None:
             await self._channel.close()
@@ -151,6 +163,10 @@ def _parts(collection: str, media_type: str, rows: bytes, options: Body) -> list
 def _exported(collection: str, options: Body) -> Any:
     chosen = {**options, "filter": orjson.loads(options["filter"])} if "filter" in options else options
     return to_message("ExportRequest", {**chosen, "collection": collection})
+
+
+def _over_http() -> InvalidRequest:
+    return InvalidRequest("a snapshot's file goes over HTTP: give the server's http:// address")
 
 
 def _target(url: str) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -77,6 +77,24 @@ class Close:
 
 
 @dataclass(frozen=True)
+class Fetch:
+    """A snapshot's file, given piece by piece to `write`, which may be called in a thread of its own."""
+
+    collection: str
+    snapshot_id: str
+    write: Callable[[bytes], object]
+
+
+@dataclass(frozen=True)
+class Send:
+    """A snapshot's file, taken piece by piece; answered by what is kept."""
+
+    collection: str
+    snapshot_id: str
+    pieces: Iterator[bytes]
+
+
+@dataclass(frozen=True)
 class Pause:
     seconds: float
 
@@ -102,7 +120,7 @@ class Join:
     started: Any
 
 
-Step = Call | Content | SendRows | Export | Take | Close | Pause | Work | Start | Join
+Step = Call | Content | SendRows | Export | Take | Close | Fetch | Send | Pause | Work | Start | Join
 Steps = Generator[Step, Any, T]
 
 
@@ -136,6 +154,10 @@ def _perform(step: Step, transport: Transport) -> Any:
             return next(step.chunks, None)
         case Close():
             return step.chunks.close()
+        case Fetch():
+            return transport.download(step.collection, step.snapshot_id, step.write)
+        case Send():
+            return transport.upload(step.collection, step.snapshot_id, step.pieces)
         case Pause():
             return time.sleep(step.seconds)
         case Work():
@@ -194,6 +216,10 @@ async def _perform_async(step: Step, transport: AsyncTransport, started: list[as
             return await anext(step.chunks, None)
         case Close():
             return await step.chunks.aclose()
+        case Fetch():
+            return await transport.download(step.collection, step.snapshot_id, step.write)
+        case Send():
+            return await transport.upload(step.collection, step.snapshot_id, step.pieces)
         case Pause():
             return await asyncio.sleep(step.seconds)
         case Work():

@@ -8,8 +8,9 @@ Rules:
 
 from __future__ import annotations
 
+import asyncio
 import base64
-from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import aclosing, closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +29,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 WAIT_MARGIN_S = 10.0  # a server whose own wait ends answers 202: time for it to say so
 WAIT_MAX_S = 600.0  # the server's own bound on a wait
 STREAM_BYTES = 2**20  # of an export, taken at once
+PIECE_BYTES = 2**20  # of a snapshot, taken at once
 MULTIPART_BYTES_MIN = 2**20  # pictures above this go as file parts: base64 makes them a third larger
 
 
@@ -54,6 +56,11 @@ class Transport(Protocol):
         """Rows, chunk by chunk. To be read to its end or closed."""
         ...
 
+    def download(self, collection: str, snapshot_id: str, write: Callable[[bytes], object]) -> None:
+        """A snapshot's file, piece by piece."""
+        ...
+
+    def upload(self, collection: str, snapshot_id: str, pieces: Iterator[bytes]) -> Body: ...
     def close(self) -> None: ...
 
 
@@ -70,6 +77,9 @@ class AsyncTransport(Protocol):
     def export(
         self, collection: str, options: Body, *, timeout_s: float | None = None
     ) -> AsyncGenerator[bytes, None]: ...
+
+    async def download(self, collection: str, snapshot_id: str, write: Callable[[bytes], object]) -> None: ...
+    async def upload(self, collection: str, snapshot_id: str, pieces: Iterator[bytes]) -> Body: ...
     async def close(self) -> None: ...
 
 
@@ -103,6 +113,25 @@ class HttpTransport:
             if not response.is_success:
                 response.read()
             yield from _accepted(response).iter_bytes(STREAM_BYTES)
+
+    def download(self, collection: str, snapshot_id: str, write: Callable[[bytes], object]) -> None:
+        asked = _snapshot_request(self._http, "get_snapshot_content", collection, snapshot_id)
+        with _translated(self.url):
+            response = self._http.send(asked, stream=True)
+            try:
+                if not response.is_success:
+                    response.read()
+                _accepted(response)
+                for piece in response.iter_bytes(PIECE_BYTES):
+                    write(piece)
+            finally:
+                response.close()
+
+    def upload(self, collection: str, snapshot_id: str, pieces: Iterator[bytes]) -> Body:
+        asked = _snapshot_request(self._http, "put_snapshot_content", collection, snapshot_id, pieces)
+        with _translated(self.url):
+            kept: Body = _accepted(self._http.send(asked)).json()
+        return kept
 
     def close(self) -> None:
         self._http.close()
@@ -151,6 +180,29 @@ class AsyncHttpTransport:
                     await response.aread()
                 async for chunk in _accepted(response).aiter_bytes(STREAM_BYTES):
                     yield chunk
+
+    async def download(self, collection: str, snapshot_id: str, write: Callable[[bytes], object]) -> None:
+        asked = _snapshot_request(self._http, "get_snapshot_content", collection, snapshot_id)
+        with _translated(self.url):
+            response = await self._http.send(asked, stream=True)
+            try:
+                if not response.is_success:
+                    await response.aread()
+                _accepted(response)
+                async for piece in response.aiter_bytes(PIECE_BYTES):
+                    await asyncio.to_thread(write, piece)
+            finally:
+                await response.aclose()
+
+    async def upload(self, collection: str, snapshot_id: str, pieces: Iterator[bytes]) -> Body:
+        async def read() -> AsyncIterator[bytes]:
+            while piece := await asyncio.to_thread(next, pieces, b""):
+                yield piece
+
+        asked = _snapshot_request(self._http, "put_snapshot_content", collection, snapshot_id, read())
+        with _translated(self.url):
+            kept: Body = _accepted(await self._http.send(asked)).json()
+        return kept
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -249,6 +301,19 @@ def imported(events: list[Body]) -> list[Body]:
     if last["event"] != "done":
         raise Unreachable("the answer ended before it said what became of the rows")
     return events
+
+
+def _snapshot_request(
+    http: httpx.Client | httpx.AsyncClient,
+    operation: str,
+    collection: str,
+    snapshot_id: str,
+    content: Iterator[bytes] | AsyncIterator[bytes] | None = None,
+) -> httpx.Request:
+    """Without a bound on the whole: a file may be of any size, and a server reads all of it before it answers."""
+    route = STREAMS[operation]
+    address = _address(route.path, {"collection": collection, "snapshot": snapshot_id})
+    return http.build_request(route.method, address, content=content, timeout=httpx.Timeout(WAIT_MAX_S, read=None))
 
 
 @contextmanager

@@ -118,6 +118,14 @@ class VersionNotReached(InvalidRequest):
     code, title = "version_not_reached", "The collection has not come to this version"
 
 
+class InvalidSnapshot(InvalidRequest):
+    code, title = "invalid_snapshot", "The file is not a snapshot that can be restored here"
+
+
+class SnapshotDamaged(InvalidSnapshot):
+    code, title = "snapshot_damaged", "The snapshot is not what was written"
+
+
 # --- who asks ---------------------------------------------------------------------------------------------------------
 
 
@@ -164,12 +172,28 @@ class KeyNotFound(NotFound):
     code, title = "key_not_found", "There is no such API key"
 
 
+class SnapshotNotFound(NotFound):
+    code, title = "snapshot_not_found", "There is no such snapshot"
+
+
+class ScheduleNotFound(NotFound):
+    code, title = "schedule_not_found", "The collection has no schedule of snapshots"
+
+
 class Conflict(EngramError):
     status, code, title = 409, "conflict", "The request conflicts with what is stored"
 
 
 class CollectionExists(Conflict):
     code, title = "collection_exists", "A collection of this name exists"
+
+
+class CollectionNotEmpty(Conflict):
+    code, title = "collection_not_empty", "A collection of this name holds memories"
+
+
+class SnapshotExists(Conflict):
+    code, title = "snapshot_exists", "There is another snapshot of this name"
 
 
 class Duplicate(Conflict):

@@ -100,6 +100,15 @@ class Settings(BaseModel):
         description="vectors remembered by what they were made of; the default holds 30,000 sentences; 0: none",
     )
 
+    snapshots: str | None = Field(
+        default=None,
+        description="where snapshots are kept: a folder, or s3://bucket/prefix?endpoint=http://host:port&region=name "
+        "(credentials: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY); absent: snapshots in the data folder",
+    )
+    snapshot_bytes_max: int = Field(
+        default=64 * 2**30, ge=2**20, description="largest snapshot that is received; it goes to disk, not to memory"
+    )
+
     @property
     def grpc_listens_on(self) -> int | None:
         """gRPC's port; 0: a free one; None: nowhere."""

@@ -17,7 +17,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.responses import RedirectResponse
 from starlette.routing import Route
 
-from service.api import bodies, problems
+from service.api import bodies, problems, snapshots
 from service.api.edge import Edge
 from service.api.transfer import Transfers
 from service.app import serving
@@ -63,6 +63,7 @@ from service.app.schemas import (
 )
 from service.app.serving import Pool
 from service.app.sizing_schemas import Sizing, SizingRequest
+from service.app.snapshot_schemas import RestoreRequest, SnapshotInfo, SnapshotList
 from service.app.transfer_schemas import MEDIA_TYPES, ExportRequest, Format, ImportOptions
 
 ID_MAX = 512  # characters of a memory's id
@@ -71,6 +72,7 @@ DESCRIPTION = (
     "Associative memory: store images and text, recall them whole from a fragment, and be told when nothing fits."
 )
 CollectionName = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")]
+SnapshotName = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")]
 Id = Annotated[str, Path(min_length=1, max_length=ID_MAX)]
 PayloadKey = Annotated[str, Path(min_length=1, max_length=KEY_MAX)]
 
@@ -264,6 +266,82 @@ async def put_payload_index(collection: CollectionName, key: PayloadKey, engine:
 @v1.delete("/collections/{collection}/payload_indexes/{key:path}", status_code=204, tags=["collections"])
 async def delete_payload_index(collection: CollectionName, key: PayloadKey, engine: Engine_, pool: Pool_) -> None:
     await pool.run(engine.delete_payload_index, collection, key)
+
+
+# --- snapshots --------------------------------------------------------------------------------------------------------
+
+SNAPSHOTS = "/collections/{collection}/snapshots"
+TAR_CONTENT = {snapshots.TAR: {"schema": FILE}}
+
+
+@v1.post(SNAPSHOTS, status_code=202, tags=["snapshots"])
+async def create_snapshot(collection: CollectionName, engine: Engine_, pool: Pool_) -> Operation:
+    """Write the collection, as it is at one version, to one file while it answers: an operation, whose result is the
+    snapshot.
+    """
+    return await pool.run(engine.create_snapshot, collection)
+
+
+@v1.get(SNAPSHOTS, tags=["snapshots"])
+async def list_snapshots(collection: CollectionName, engine: Engine_, pool: Pool_) -> SnapshotList:
+    """Those kept under a collection's name, the oldest first, whether the collection is still there or not."""
+    return await pool.run(engine.snapshots, collection)
+
+
+@v1.get(SNAPSHOTS + "/{snapshot}", tags=["snapshots"])
+async def get_snapshot(
+    collection: CollectionName, snapshot: SnapshotName, engine: Engine_, pool: Pool_
+) -> SnapshotInfo:
+    return await pool.run(engine.snapshot, collection, snapshot)
+
+
+@v1.get(
+    SNAPSHOTS + "/{snapshot}/content",
+    tags=["snapshots"],
+    response_class=Response,
+    responses={200: {"content": TAR_CONTENT, "description": "The file: an uncompressed tar"}},
+)
+async def get_snapshot_content(
+    collection: CollectionName, snapshot: SnapshotName, engine: Engine_, pool: Pool_
+) -> Response:
+    """The snapshot's file."""
+    return await snapshots.send(pool.run, engine, collection, snapshot)
+
+
+@v1.put(
+    SNAPSHOTS + "/{snapshot}/content",
+    status_code=201,
+    tags=["snapshots"],
+    openapi_extra={"requestBody": {"required": True, "content": TAR_CONTENT}},
+)
+async def put_snapshot_content(
+    collection: CollectionName, snapshot: SnapshotName, request: Request, engine: Engine_, pool: Pool_
+) -> SnapshotInfo:
+    """Bring a snapshot's file from elsewhere, under a name of yours. It is read to its end before it is kept; one that
+    is there already is kept once.
+    """
+    return await snapshots.receive(pool.run, engine, collection, snapshot, request)
+
+
+@v1.delete(SNAPSHOTS + "/{snapshot}", status_code=204, tags=["snapshots"])
+async def delete_snapshot(collection: CollectionName, snapshot: SnapshotName, engine: Engine_, pool: Pool_) -> None:
+    await pool.run(engine.delete_snapshot, collection, snapshot)
+
+
+@v1.post(
+    SNAPSHOTS + "/{snapshot}/restore",
+    status_code=202,
+    tags=["snapshots"],
+    openapi_extra=_body(RestoreRequest, required=False),
+)
+async def restore_snapshot(
+    collection: CollectionName, snapshot: SnapshotName, request: Request, engine: Engine_, pool: Pool_
+) -> Operation:
+    """Make a collection of a snapshot, under this name or another one: an operation. Until it ends the former
+    collection answers, then they change places at once. Over one that holds memories it needs `replace`.
+    """
+    body = await bodies.read(request, RestoreRequest) if await request.body() else RestoreRequest()
+    return await pool.run(engine.restore, collection, snapshot, body)
 
 
 # --- store and recall -------------------------------------------------------------------------------------------------
@@ -528,7 +606,8 @@ def _document(app: FastAPI) -> dict[str, Any]:
     template = "#/components/schemas/{model}"
     models = (
         CollectionConfig, CountRequest, DeleteRequest, GetRequest, KeyRequest, MemoryInput, PatchRequest,
-        ProblemDetails, RecallRequest, ReencodeRequest, ScrollRequest, SizingRequest, StoreRequest, TrainRequest,
+        ProblemDetails, RecallRequest, ReencodeRequest, RestoreRequest, ScrollRequest, SizingRequest, StoreRequest,
+        TrainRequest,
     )  # fmt: skip
     read = [(model, "validation") for model in models]
     _, definitions = models_json_schema(read, ref_template=template)  # type: ignore[arg-type]

@@ -20,7 +20,8 @@ from service.app.engine import Engine
 from service.errors import BodyTooLarge, CrossSite, EngramError
 
 GUARDED = ("/v1/", "/metrics")  # what needs a key, where there is any; the rest tells nothing about what is stored
-STREAMED = re.compile(r"/v1/collections/[^/]+/import")  # a body that is never held; it has bounds of its own
+# Bodies that are never held; they have bounds of their own.
+STREAMED = re.compile(r"/v1/collections/[^/]+/(import|snapshots/[^/]+/content)")
 
 
 class Edge:

@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -17,7 +17,7 @@ from typing import Any, Self, cast
 
 import structlog
 
-from service.app import collections, memories, payload_indexes
+from service.app import collections, memories, payload_indexes, restore, snapshots
 from service.app.absent import AbsentEncoder
 from service.app.access import CALLER, Level, Need, check
 from service.app.admission import Admission
@@ -61,7 +61,14 @@ from service.app.recall_schemas import RecallReply, Timings
 from service.app.reencode import enqueue_reencode, run_reencode_job
 from service.app.reencode_schemas import ReencodeRequest
 from service.app.reports import Diagnostics
-from service.app.resources import CALIBRATE_JOB, KERNEL_JOB, REENCODE_JOB, Resources
+from service.app.resources import (
+    CALIBRATE_JOB,
+    KERNEL_JOB,
+    REENCODE_JOB,
+    RESTORE_JOB,
+    SNAPSHOT_JOB,
+    Resources,
+)
 from service.app.rows import Readable
 from service.app.schemas import (
     CollectionConfig,
@@ -78,6 +85,8 @@ from service.app.schemas import (
 )
 from service.app.sizing import size
 from service.app.sizing_schemas import Sizing, SizingRequest
+from service.app.snapshot_schemas import RestoreRequest, SnapshotInfo, SnapshotList
+from service.app.snapshots import Receiving
 from service.app.store import STORE_JOB, Accepted, accept, reply
 from service.app.transfer_schemas import Event, ExportRequest, Format, ImportOptions, Totals
 from service.encoders import registry
@@ -429,6 +438,38 @@ class Engine:
         """Encode a space again from the originals, in the background. Raises as `enqueue_reencode`."""
         return self.operation(enqueue_reencode(self.resources, self.resources.live(name), space, request))
 
+    # --- snapshots ---
+
+    def create_snapshot(self, name: str) -> Operation:
+        """Write the collection, as it is when the operation runs, to one file. Raises `Conflict` while another one is
+        made."""
+        return self.operation(snapshots.enqueue_snapshot(self.resources, self.resources.live(name)))
+
+    def snapshots(self, name: str) -> SnapshotList:
+        """Those kept under a collection's name, whether there is one of that name or not."""
+        return snapshots.listed(self.resources, name)
+
+    def snapshot(self, name: str, snapshot_id: str) -> SnapshotInfo:
+        """Raises `SnapshotNotFound`, `InvalidSnapshot`."""
+        return snapshots.described(self.resources, name, snapshot_id)
+
+    def snapshot_content(self, name: str, snapshot_id: str) -> tuple[int, Iterator[bytes]]:
+        """The size of its file, and the bytes of it. Raises `SnapshotNotFound`."""
+        return snapshots.content(self.resources, name, snapshot_id)
+
+    def receive_snapshot(self, name: str, snapshot_id: str) -> AbstractContextManager[Receiving]:
+        """`with … as receiving`: write it, then keep it. Raises `InvalidRequest`."""
+        return snapshots.receiving(self.resources, name, snapshot_id)
+
+    def delete_snapshot(self, name: str, snapshot_id: str) -> None:
+        """Raises `SnapshotNotFound`."""
+        snapshots.remove(self.resources, name, snapshot_id)
+
+    def restore(self, name: str, snapshot_id: str, request: RestoreRequest) -> Operation:
+        """Raises as `enqueue_restore`, and `Forbidden` where the caller may not make the collection to be."""
+        check(CALLER.get(), Need("admin"), request.into or name)
+        return self.operation(restore.enqueue_restore(self.resources, name, snapshot_id, request))
+
     def kernels(self, name: str) -> KernelList:
         return listed(self.resources, self.resources.live(name))
 
@@ -476,8 +517,9 @@ class Engine:
 
     def _operation(self, job: Job) -> Operation:
         names = {live.id: live.name for live in list(self.resources.lives.values())}
+        name = names.get(job.collection_id or -1, restore.target(job))
         return Operation(
-            id=job.id, kind=job.kind, collection=names.get(job.collection_id or -1), status=job.status,
+            id=job.id, kind=job.kind, collection=name, status=job.status,
             progress=job.progress, result=job.result, error=None if job.error is None else Problem(**job.error),
         )  # fmt: skip
 
@@ -490,6 +532,8 @@ class Engine:
             CALIBRATE_JOB: partial(run_calibrate_job, self.resources),
             KERNEL_JOB: partial(run_kernel_job, self.resources),
             REENCODE_JOB: partial(run_reencode_job, self.resources),
+            SNAPSHOT_JOB: partial(snapshots.run_snapshot_job, self.resources),
+            RESTORE_JOB: partial(restore.run_restore_job, self.resources),
         }
 
     def watch_queue(self) -> None:
@@ -511,12 +555,13 @@ class Engine:
         self.resources.metrics.forget_keys_but(self.keys.names)
 
     def housekeep(self) -> None:
-        """Remove originals that nothing names any more, drafts of operations that have ended, receipts of a day ago,
-        and operations that ended a week ago.
+        """Remove originals that nothing names any more, drafts of operations that have ended, what restores took the
+        place of, receipts of a day ago, and operations that ended a week ago.
         """
         self.blobs.remove_unreferenced(self.repository.blob_hashes_in_use)
         self.repository.remove_drafts()
         self.repository.remove_receipts()
+        restore.remove_hidden(self.resources)
         self.repository.remove_ended_jobs()
         self.repository.forget_deletions()
 

@@ -13,13 +13,30 @@ from service.app.access import Need
 ANYWHERE = (
     "list_encoders", "list_collections", "list_operations", "get_operation", "cancel_operation", "retry_operation",
 )  # fmt: skip
-READ = ("get_collection", "get_diagnostics", "size", "list_kernels", "list_payload_indexes")
-RECALL = ("recall", "get_memories", "get_memory", "get_content", "scroll", "count", "export")
+READ = (
+    "get_collection",
+    "get_diagnostics",
+    "size",
+    "list_kernels",
+    "list_payload_indexes",
+    "list_snapshots",
+    "get_snapshot",
+)
+RECALL = ("recall", "get_memories", "get_memory", "get_content", "scroll", "count", "export", "get_snapshot_content")
 WRITE = ("store", "import_rows", "patch_memory", "delete_memories", "delete_memory")
 ADMIN = (
-    "create_collection", "delete_collection", "train", "reencode", "retire_kernel", "put_payload_index",
+    "create_collection",
+    "delete_collection",
+    "train",
+    "reencode",
+    "retire_kernel",
+    "put_payload_index",
     "delete_payload_index",
-)  # fmt: skip
+    "create_snapshot",
+    "put_snapshot_content",
+    "delete_snapshot",
+    "restore_snapshot",
+)
 KEYS = ("create_key", "list_keys", "revoke_key")
 
 UNDECLARED = Need("admin", "everything")

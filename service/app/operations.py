@@ -52,6 +52,7 @@ from service.app.schemas import (
 )
 from service.app.schemas import Operation as OperationInfo
 from service.app.sizing_schemas import Sizing, SizingRequest
+from service.app.snapshot_schemas import RestoreRequest, SnapshotInfo, SnapshotList
 from service.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def _create_collection(engine: Engine, path: Path, request: CollectionConfig) ->
 
 
 _COLLECTION = "/v1/collections/{collection}"
+_SNAPSHOTS = _COLLECTION + "/snapshots"
 _MEMORIES = _COLLECTION + "/memories"
 
 OPERATIONS: dict[str, Operation] = {
@@ -154,6 +156,27 @@ OPERATIONS: dict[str, Operation] = {
         Operation(
             "delete_payload_index", "DELETE", _COLLECTION + "/payload_indexes/{key}", None, None,
             lambda engine, path, _: engine.delete_payload_index(path["collection"], path["key"]),
+        ),
+        # --- snapshots ---
+        Operation(
+            "create_snapshot", "POST", _SNAPSHOTS, None, OperationInfo,
+            lambda engine, path, _: engine.create_snapshot(path["collection"]),
+        ),
+        Operation(
+            "list_snapshots", "GET", _SNAPSHOTS, None, SnapshotList,
+            lambda engine, path, _: engine.snapshots(path["collection"]), reads=True,
+        ),
+        Operation(
+            "get_snapshot", "GET", _SNAPSHOTS + "/{snapshot}", None, SnapshotInfo,
+            lambda engine, path, _: engine.snapshot(path["collection"], path["snapshot"]), reads=True,
+        ),
+        Operation(
+            "delete_snapshot", "DELETE", _SNAPSHOTS + "/{snapshot}", None, None,
+            lambda engine, path, _: engine.delete_snapshot(path["collection"], path["snapshot"]),
+        ),
+        Operation(
+            "restore_snapshot", "POST", _SNAPSHOTS + "/{snapshot}/restore", RestoreRequest, OperationInfo,
+            lambda engine, path, request: engine.restore(path["collection"], path["snapshot"], request),
         ),
         # --- store and recall ---
         Operation(
@@ -233,5 +256,7 @@ STREAMS: dict[str, Route] = {
         Route("get_content", "GET", _MEMORIES + "/{id}/content"),  # bytes of their own media type
         Route("import_rows", "POST", _COLLECTION + "/import"),  # rows in, lines of what becomes of them out
         Route("export", "GET", _COLLECTION + "/export"),
+        Route("get_snapshot_content", "GET", _SNAPSHOTS + "/{snapshot}/content"),  # a tar, of any size
+        Route("put_snapshot_content", "PUT", _SNAPSHOTS + "/{snapshot}/content"),
     )
 }

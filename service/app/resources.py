@@ -22,12 +22,15 @@ from service.settings import Settings
 from service.storage.blobs import Blobs
 from service.storage.jobs import NewItem
 from service.storage.repository import Repository
+from service.storage.snapshot_store import WORKSPACE, Workspace, open_store
 
 log = structlog.get_logger()
 
 CALIBRATE_JOB = "calibrate"
 KERNEL_JOB = "kernel"
 REENCODE_JOB = "reencode"
+SNAPSHOT_JOB = "snapshot"
+RESTORE_JOB = "restore"
 SUCCESSOR_WAIT_S = 10.0  # loading a hundred thousand memories takes a second
 IMPORT_QUIET_S = 2.0  # an import is over when so long nothing of it was stored
 IMPORT_SCANNED_MAX = 2**26  # values scanned by a recall until then: some 20 ms, where a scan is 2 ms else
@@ -35,7 +38,7 @@ IMPORT_SCANNED_MAX = 2**26  # values scanned by a recall until then: some 20 ms,
 
 @dataclass(frozen=True)
 class _Waiting:
-    collection_id: int
+    collection_id: int | None
     done: Future[None]
 
 
@@ -45,6 +48,9 @@ class Resources:
         self.repository = repository
         self.blobs = blobs
         self.make_encoder = make_encoder
+        folder = settings.data / "snapshots"
+        self.snapshots = open_store(settings.snapshots, folder)
+        self.workspace = Workspace(folder / WORKSPACE)
         self.metrics = Metrics()
         self.encoded = EncodeCache(settings.encode_cache_bytes, self.metrics)
         self.decoded = Handover()
@@ -167,13 +173,17 @@ class Resources:
     # --- jobs ---
 
     def enqueue(
-        self, kind: str, collection_id: int, items: Sequence[NewItem] = (), payload: Mapping[str, Any] | None = None
+        self,
+        kind: str,
+        collection_id: int | None,
+        items: Sequence[NewItem] = (),
+        payload: Mapping[str, Any] | None = None,
     ) -> tuple[str, Future[None]]:
         """Commit a job and wake a worker. The future ends with the job, however it ends."""
         job_id = self.repository.enqueue(kind, collection_id, {**(payload or {}), "items": len(items)}, items)
         return job_id, self.watch(collection_id, job_id)
 
-    def watch(self, collection_id: int, job_id: str) -> Future[None]:
+    def watch(self, collection_id: int | None, job_id: str) -> Future[None]:
         """Wake a worker for a job that is committed. The future ends with the job, however it ends."""
         with self._work:
             waiting = self._waiting.setdefault(job_id, _Waiting(collection_id, Future()))
@@ -195,7 +205,7 @@ class Resources:
             waiting = self._waiting.pop(job_id, None)
         if waiting is None:
             return
-        live = self._by_id.get(waiting.collection_id)
+        live = None if waiting.collection_id is None else self._by_id.get(waiting.collection_id)
         with self._calibrating:
             if live is not None and live.calibration_job == job_id:
                 live.calibration_job = None

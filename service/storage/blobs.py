@@ -20,7 +20,8 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from service.errors import ContentNotFound
@@ -49,6 +50,7 @@ class Blobs:
         # Held where existence is decided upon, so that a blob found by `put_many` is not removed before it is marked as
         # wanted.
         self._deciding = threading.Lock()
+        self._keeping = 0
         with os_errors(f"The blob store {root} cannot be used"):
             make_folder(self._temporary)
             for stale in self._temporary.iterdir():
@@ -113,6 +115,18 @@ class Blobs:
     def exists(self, hash_: str) -> bool:
         return self._path(hash_).exists()
 
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Nothing is removed while the block runs: for who reads, one after the other, blobs that were named when it
+        began."""
+        with self._deciding:
+            self._keeping += 1
+        try:
+            yield
+        finally:
+            with self._deciding:
+                self._keeping -= 1
+
     def remove_unreferenced(
         self, in_use: Callable[[Sequence[str]], Iterable[str]], older_than_s: float = GRACE_S
     ) -> int:
@@ -130,7 +144,8 @@ class Blobs:
                     old = [entry.name for entry in entries if entry.stat().st_mtime <= cutoff]
                 for hash_ in set(old).difference(in_use(old) if old else ()):
                     with self._deciding:
-                        removed += self._remove(self._path(hash_), cutoff)
+                        if not self._keeping:
+                            removed += self._remove(self._path(hash_), cutoff)
         return removed
 
     def _remove(self, path: Path, cutoff: float) -> bool:

@@ -19,6 +19,7 @@ from sqlalchemy import Connection, delete, func, insert, select, update
 
 from service.errors import OriginalsElsewhere
 from service.storage.blobs import Blobs
+from service.storage.collection import HIDDEN
 from service.storage.database import Database
 from service.storage.jobs import ENDED
 from service.storage.tables import collections, deletions, facts, jobs
@@ -51,10 +52,11 @@ class Following:
         return self._database.is_postgres
 
     def heads(self) -> list[Head]:
-        """All collections, as they stand."""
+        """All collections, as they stand; but hidden ones (see `copies`)."""
         c = collections.c
+        shown = select(c.id, c.name, c.version, c.generation, c.revision).where(~c.name.startswith(HIDDEN))
         with self._database.read() as connection:
-            rows = connection.execute(select(c.id, c.name, c.version, c.generation, c.revision).order_by(c.id))
+            rows = connection.execute(shown.order_by(c.id))
             return [Head(*row) for row in rows]
 
     def ended(self, job_ids: Collection[str]) -> set[str]:

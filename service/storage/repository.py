@@ -1,5 +1,6 @@
 """All rows of one database behind one object: collections here; memories (their writes, updates and receipts, and the
-choice among them), drafts, jobs, API keys and what was learned in the modules of their names.
+choice among them), drafts, jobs, API keys, what was learned, and copies of whole collections in the modules of their
+names.
 
 Rules:
 - Whoever writes goes through the `Writer` and is answered after the commit; whoever reads sees one state of the
@@ -11,14 +12,15 @@ Rules:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, Select, delete, func, insert, select, text
+from sqlalchemy import Connection, delete, insert, select, text
 from sqlalchemy.exc import IntegrityError
 
 from service.errors import CollectionExists, CollectionNotFound
+from service.storage.collection import HIDDEN, Collection, collection_rows
+from service.storage.copies import Copies
 from service.storage.database import Database
 from service.storage.drafts import Drafts
 from service.storage.following import Following
@@ -30,29 +32,28 @@ from service.storage.payload_indexes import PayloadIndexes
 from service.storage.receipts import Receipts
 from service.storage.selection import Selection
 from service.storage.streaming import Streaming
-from service.storage.tables import collections, memories, name_versions
+from service.storage.tables import collections, name_versions
 from service.storage.updates import Updates
 from service.storage.writer import Writer
 from service.storage.writes import Writes
 
-
-@dataclass(frozen=True)
-class Collection:
-    """`version` is the number of its last write, `count` the number of its memories, `generation` how often an encoder
-    of it has changed."""
-
-    id: int
-    name: str
-    config: dict[str, Any]
-    version: int
-    created_at: datetime
-    count: int
-    generation: int = 0
-    revision: int = 0
+__all__ = ["Collection", "Repository"]
 
 
 class Repository(
-    Memories, Writes, Updates, Receipts, Selection, Streaming, Drafts, Jobs, Learned, ApiKeys, Following, PayloadIndexes
+    Memories,
+    Writes,
+    Updates,
+    Receipts,
+    Selection,
+    Streaming,
+    Drafts,
+    Jobs,
+    Learned,
+    ApiKeys,
+    Following,
+    PayloadIndexes,
+    Copies,
 ):
     """Everything stored in one database. Safe to use from several threads."""
 
@@ -100,15 +101,17 @@ class Repository(
     def get_collection(self, name: str) -> Collection:
         """Raises `CollectionNotFound`."""
         with self._database.read() as connection:
-            row = connection.execute(_collections().where(collections.c.name == name)).one_or_none()
+            row = connection.execute(collection_rows().where(collections.c.name == name)).one_or_none()
         if row is None:
             raise _not_found(name)
         return Collection(*row)
 
     def list_collections(self) -> list[Collection]:
-        """All collections by name."""
+        """All collections by name, but the hidden ones (see `copies`)."""
+        shown = ~collections.c.name.startswith(HIDDEN)
         with self._database.read() as connection:
-            return [Collection(*row) for row in connection.execute(_collections().order_by(collections.c.name))]
+            rows = connection.execute(collection_rows().where(shown).order_by(collections.c.name))
+            return [Collection(*row) for row in rows]
 
     def delete_collection(self, name: str) -> None:
         """Delete a collection with all its rows in one transaction; deleting takes a version.
@@ -126,12 +129,6 @@ class Repository(
             connection.execute(delete(collections).where(this))
 
         self._writer.submit(run)
-
-
-def _collections() -> Select[Any]:
-    c = collections.c
-    count = select(func.count()).where(memories.c.collection_id == c.id).scalar_subquery()
-    return select(c.id, c.name, c.config, c.version, c.created_at, count, c.generation, c.revision)
 
 
 def _not_found(name: str) -> CollectionNotFound:

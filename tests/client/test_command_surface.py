@@ -51,6 +51,13 @@ BY_COMMAND = {
     "create_key": "keys create",
     "list_keys": "keys list",
     "revoke_key": "keys revoke",
+    "create_snapshot": "snapshot create",
+    "list_snapshots": "snapshot list",
+    "get_snapshot": "snapshot info",
+    "get_snapshot_content": "snapshot download",
+    "put_snapshot_content": "snapshot upload",
+    "delete_snapshot": "snapshot delete",
+    "restore_snapshot": "snapshot restore",
 }
 BY_ANOTHER = {
     "get_memory",  # `get` asks for many at once
