@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from service.app.engine import Engine
-from service.app.memory_schemas import CountRequest, DeleteRequest, GetRequest, ScrollRequest
+from service.app.memory_schemas import CountRequest, DeleteRequest, GetRequest, PatchRequest, ScrollRequest
 from service.app.schemas import CollectionConfig, RecallRequest, StoreRequest
+from service.errors import MemoryNotFound, PreconditionFailed
 from service.settings import Settings
 
 D = 6
+EXPIRES_S = 0.02
 IDS = st.sampled_from([f"m{i}" for i in range(7)])
 VECTORS = np.random.default_rng(3).standard_normal((12, D)).astype(np.float32)
 POINTS = st.integers(0, len(VECTORS) - 1)
@@ -55,6 +59,7 @@ class EngineMachine(RuleBasedStateMachine):
             "c", CollectionConfig.model_validate({"spaces": {"v": {"dimension": D}}})
         )
         self.version = created.version
+        self.expired = 0  # memories that have expired and are not removed yet
 
     def teardown(self) -> None:
         self.engine.delete_collection("c")
@@ -81,6 +86,54 @@ class EngineMachine(RuleBasedStateMachine):
         self.version += 1
         assert [result.status for result in reply.results] == statuses + ["error"] * bad
         assert reply.version == self.version
+
+    @rule(id_=IDS, change=PAYLOADS, point=st.none() | POINTS, at=st.sampled_from([None, "its", "another"]))
+    def patch(self, id_: str, change: Any, point: int | None, at: str | None) -> None:
+        """A part changes, where the memory is at the version asked for."""
+        stored = self.memories.get(id_)
+        if stored is None:
+            with pytest.raises(MemoryNotFound):
+                self.engine.patch("c", id_, PatchRequest.model_validate({"payload": {"n": 1}}))
+            return
+        now = self.engine.memory("c", id_).version
+        request: dict[str, Any] = {} if change is None else {"payload": change}
+        request |= {} if point is None else {"vectors": {"v": VECTORS[point].tolist()}}
+        request |= {} if at is None else {"if_version": now + (at == "another")}
+        if len(request) == (at is not None):
+            return
+        if at == "another":
+            with pytest.raises(PreconditionFailed):
+                self.engine.patch("c", id_, PatchRequest.model_validate(request))
+            return
+        reply = self.engine.patch("c", id_, PatchRequest.model_validate(request))
+        self.version += 1
+        before, payload = stored
+        merged = payload if change is None else {**(payload or {}), **change}
+        self.memories[id_] = (before if point is None else point, merged)
+        assert (reply.id, reply.version) == (id_, self.version)
+
+    @rule(ids=st.lists(IDS, min_size=1, max_size=2, unique=True), swept=st.booleans())
+    def expire(self, ids: list[str], swept: bool) -> None:
+        """What has expired is nowhere any more, whether it has been removed already or not."""
+        moment = datetime.now(UTC) + timedelta(seconds=EXPIRES_S)
+        known = [id_ for id_ in ids if id_ in self.memories]
+        for id_ in known:
+            self.engine.patch("c", id_, PatchRequest.model_validate({"expires_at": moment.isoformat()}))
+            self.version += 1
+        time.sleep(max(0.0, (moment - datetime.now(UTC)).total_seconds()) + 0.001)
+        for id_ in known:
+            del self.memories[id_]
+        self.expired += len(known)
+        if swept:
+            self.sweep()
+
+    @rule()
+    def sweep(self) -> None:
+        """Removing what has expired is a write."""
+        self.engine.expire()
+        self.version += bool(self.expired)
+        self.expired = 0
+        assert self.engine.collection("c").version == self.version
 
     @rule(ids=st.lists(IDS, min_size=1, max_size=3, unique=True), dry_run=st.booleans())
     def delete(self, ids: list[str], dry_run: bool) -> None:
