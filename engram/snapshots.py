@@ -22,11 +22,10 @@ import orjson
 from engram.asking import POLL_S, Asking, CollectionAsking, given
 from engram.replies import Operation, Problem, Reply
 from engram.steps import Fetch, Pause, Send, Steps, Work
-from service.errors import InvalidRequest, NotFound, NotWritable, SnapshotDamaged
+from service.errors import NotFound, NotWritable, SnapshotDamaged
 from service.storage.snapshot_file import BLOCK, HEAD_BYTES_MAX, TAIL_BYTES, head_size, read_tail
 
 PIECE_BYTES = 2**20
-UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
 @dataclass(frozen=True)
@@ -170,16 +169,6 @@ def collection_of(path: Path) -> str:
         raise NotFound(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError):
         raise SnapshotDamaged(f"{path} does not say what it was made of") from None
-
-
-def seconds(given: str | float) -> float:
-    """`6h`, `90m`, `1d` or a number of seconds. Raises `InvalidRequest`."""
-    if not isinstance(given, str):
-        return float(given)
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw]?)", given.strip())
-    if match is None:
-        raise InvalidRequest(f"a time is a number and s, m, h, d or w, as in 6h, not {given}")
-    return float(match[1]) * UNITS_S[match[2] or "s"]
 
 
 def _pieces(file: BinaryIO, progress: Callable[[int], None] | None) -> Iterator[bytes]:

@@ -176,10 +176,6 @@ class SnapshotNotFound(NotFound):
     code, title = "snapshot_not_found", "There is no such snapshot"
 
 
-class ScheduleNotFound(NotFound):
-    code, title = "schedule_not_found", "The collection has no schedule of snapshots"
-
-
 class Conflict(EngramError):
     status, code, title = 409, "conflict", "The request conflicts with what is stored"
 

@@ -16,9 +16,6 @@ from service.app.schemas import Problem
 from service.encoders.protocol import DIMENSION_MAX
 
 FORMAT, FORMAT_VERSION = "engram-snapshot", 1
-EVERY_S_MIN = 60.0  # a snapshot copies a collection whole: oftener than each minute it would do nothing else
-EVERY_S_MAX = 366 * 24 * 3600.0
-KEEP_MAX = 1_000
 
 SnapshotId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -66,20 +63,6 @@ class RestoreRecord(Reply):
     problems: dict[str, Problem]
     seconds: float
     version: int | None = None
-
-
-class ScheduleRequest(Request):
-    """PUT /v1/collections/{c}/snapshot_schedule."""
-
-    every_s: float = Field(ge=EVERY_S_MIN, le=EVERY_S_MAX, description="seconds from one snapshot to the next")
-    keep: int = Field(default=7, ge=1, le=KEEP_MAX, description="of the scheduled ones, the newest to keep")
-
-
-class ScheduleInfo(Reply):
-    every_s: float
-    keep: int
-    next_at: str
-    kept: list[str] = Field(description="snapshots that it made and that are still kept, the oldest first")
 
 
 # --- inside a file ----------------------------------------------------------------------------------------------------
