@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 from hypothesis import seed, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from service.app.engine import Engine
 from service.app.memory_schemas import CountRequest, DeleteRequest, GetRequest, PatchRequest, ScrollRequest
-from service.app.schemas import CollectionConfig, RecallRequest, StoreRequest
+from service.app.schemas import CollectionConfig, Operation, RecallRequest, StoreRequest
+from service.app.snapshot_schemas import RestoreRequest
 from service.errors import MemoryNotFound, PreconditionFailed
 from service.settings import Settings
 
@@ -59,9 +60,12 @@ class EngineMachine(RuleBasedStateMachine):
             "c", CollectionConfig.model_validate({"spaces": {"v": {"dimension": D}}})
         )
         self.version = created.version
+        self.snapshots: list[tuple[str, dict[str, Any]]] = []  # their ids, and what there was
         self.expired = 0  # memories that have expired and are not removed yet
 
     def teardown(self) -> None:
+        for snapshot_id, _ in self.snapshots:
+            self.engine.delete_snapshot("c", snapshot_id)
         self.engine.delete_collection("c")
 
     @rule()
@@ -111,6 +115,35 @@ class EngineMachine(RuleBasedStateMachine):
         merged = payload if change is None else {**(payload or {}), **change}
         self.memories[id_] = (before if point is None else point, merged)
         assert (reply.id, reply.version) == (id_, self.version)
+
+    @rule()
+    def snapshot(self) -> None:
+        operation = self.ended(self.engine.create_snapshot("c"))
+        self.snapshots.append((operation.result["id"], dict(self.memories)))
+
+    @precondition(lambda self: self.snapshots)
+    @rule(data=st.data())
+    def restore(self, data: Any) -> None:
+        """All is as it was, under a later version: a restore is a write."""
+        snapshot_id, memories = data.draw(st.sampled_from(self.snapshots))
+        request = RestoreRequest(replace=True)
+        self.ended(self.engine.restore("c", snapshot_id, request))
+        self.memories, self.expired = dict(memories), 0
+        version = self.engine.collection("c").version
+        assert version > self.version
+        self.version = version
+
+    def ended(self, operation: Operation) -> Operation:
+        """An operation when it has ended; here, since the loop of a server would remove what has expired besides."""
+        repository = self.engine.repository
+        job = repository.claim([operation.kind], "model")
+        assert job is not None
+        assert job.id == operation.id
+        repository.finish(job.id, self.engine.handlers()[job.kind](job, lambda _: None))
+        self.engine.resources.ended(job.id)
+        now = self.engine.operation(operation.id)
+        assert now.status == "done", now
+        return now
 
     @rule(ids=st.lists(IDS, min_size=1, max_size=2, unique=True), swept=st.booleans())
     def expire(self, ids: list[str], swept: bool) -> None:
