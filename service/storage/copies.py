@@ -202,7 +202,7 @@ class Copies:
             if blocks:
                 connection.execute(insert(patterns), blocks)
 
-        self._writer.submit(run)
+        self._writer.submit(run, on=collection_id)
 
     def stage_learned(self, collection_id: int, learned: Sequence[KernelRow], records: Sequence[GateRow]) -> None:
         """Raises `InvalidSnapshot` where two kernels, or two gates, are of one name."""
@@ -215,7 +215,7 @@ class Copies:
                     except IntegrityError:
                         raise InvalidSnapshot(f"its {table.name} are not what a collection can have") from None
 
-        self._writer.submit(run)
+        self._writer.submit(run, on=collection_id)
 
     def swap_staged(
         self,
@@ -281,7 +281,7 @@ class Copies:
                 connection.execute(delete(collections).where(collections.c.id == collection_id))
             return len(keys)
 
-        while self._writer.submit(run):
+        while self._writer.submit(run, on=collection_id):
             pass
 
     def active_jobs(self, kind: str) -> list[str]:

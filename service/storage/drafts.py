@@ -231,7 +231,7 @@ class Drafts:
                 raise Conflict(f"The operation {drafted.job_id} no longer runs.")
             return Swapped(version + 1, made, deleted, revision)
 
-        return self._writer.submit(run, then)
+        return self._writer.submit(run, then, on=collection_id)
 
     def remove_drafts(self, job_id: str | None = None) -> None:
         """Remove the drafts of a job, or (None) of all jobs that have ended."""

@@ -133,7 +133,7 @@ class Jobs:
     ) -> str:
         """Queue a job with its items and return its id; it is on disk then. Raises `CollectionNotFound`."""
         job = NewJob(kind, payload, items)
-        self._writer.submit(lambda connection: insert_job(connection, collection_id, job))
+        self._writer.submit(lambda connection: insert_job(connection, collection_id, job), on=collection_id)
         return job.id
 
     def claim(self, kinds: Sequence[str], owner: str, lease_s: float = LEASE_S) -> Job | None:

@@ -143,7 +143,7 @@ class Learned:
                 _replace_gates(connection, collection_id, gates)
             return KernelPut(number, version, revision)
 
-        return self._writer.submit(run, then)
+        return self._writer.submit(run, then, on=collection_id)
 
     def retire_kernel(
         self, collection_id: int, space: str, then: Callable[[Retired], None] = lambda _: None
@@ -157,7 +157,7 @@ class Learned:
             set_version(connection, collection_id, version + 1)
             return Retired(version + 1, revise(connection, collection_id))
 
-        return self._writer.submit(run, then)
+        return self._writer.submit(run, then, on=collection_id)
 
     def get_kernels(self, collection_id: int) -> list[StoredKernel]:
         """All kernels kept, by space and number; those that are active with their weight."""
@@ -196,7 +196,7 @@ class Learned:
             _replace_gates(connection, collection_id, records)
             return revise(connection, collection_id)
 
-        return self._writer.submit(run)
+        return self._writer.submit(run, on=collection_id)
 
     def get_gates(self, collection_id: int) -> dict[str, Gate]:
         """The calibration records by modality."""

@@ -61,4 +61,4 @@ class PayloadIndexes:
             set_version(connection, collection_id, version + 1)
             return IndexedKeys(version + 1, revise(connection, collection_id), keys)
 
-        return self._writer.submit(run, then)
+        return self._writer.submit(run, then, on=collection_id)

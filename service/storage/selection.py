@@ -109,7 +109,9 @@ class Selection:
                 note_deleted(connection, collection_id, version + 1, [row.id for row in rows])
                 return Deleted(version + 1, [row.id for row in rows]), keys[-1]
 
-            deleted, after = self._writer.submit(run, lambda done: then(done[0]) if done[0].ids else None)
+            deleted, after = self._writer.submit(
+                run, lambda done: then(done[0]) if done[0].ids else None, on=collection_id
+            )
             ids += deleted.ids
             if len(deleted.ids) < DELETED_AT_ONCE:
                 return Deleted(deleted.version, ids)

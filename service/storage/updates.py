@@ -88,7 +88,7 @@ class Updates:
                 keep_receipt(connection, collection_id, receipt.asked, receipt.reply(changed))
             return changed
 
-        return self._writer.submit(run, then)
+        return self._writer.submit(run, then, on=collection_id)
 
 
 def _changed_vectors(connection: Connection, key: int, changes: Mapping[str, Vector | None]) -> dict[str, Vector]:

@@ -5,6 +5,8 @@ while a commit is under way are run together in the next transaction. Each runs 
 takes back only its own work.
 
 Rules:
+- The writes of a group run in the order of the collections that they lock, those of one collection in the order in
+  which they came: two servers whose groups name the same collections would else each hold what the other waits for.
 - A write is answered only after the commit that holds it: an acknowledged write is on disk.
 - An error of the storage (full, broken) may have ended the whole transaction, and so may a failing commit. Then the
   group is rolled back and each write is run again on its own, so that only those that cannot be done fail. A write may
@@ -39,6 +41,7 @@ QUEUE_MAX = 1024
 class _Write:
     run: Callable[[Connection], Any]
     then: Callable[[Any], None]
+    on: int
     answer: Future[Any] = field(default_factory=Future)
 
 
@@ -59,8 +62,11 @@ class Writer:
         self._thread = threading.Thread(target=self._work, name="engram-writer", daemon=True)
         self._thread.start()
 
-    def submit(self, run: Callable[[Connection], T], then: Callable[[T], None] = lambda _: None) -> T:
-        """Run `run` in a transaction and return what it returned once that is committed.
+    def submit(
+        self, run: Callable[[Connection], T], then: Callable[[T], None] = lambda _: None, *, on: int | None = None
+    ) -> T:
+        """Run `run` in a transaction and return what it returned once that is committed. `on`: the collection whose row
+        it locks, if it locks one.
 
         `then(result)` is called after the commit, before anybody is answered, in the order of the commits, and whatever
         became of the caller meanwhile: what must follow the database in step belongs there, and should be quick.
@@ -69,7 +75,7 @@ class Writer:
         """
         if threading.current_thread() is self._thread:
             raise RuntimeError("a write cannot wait for another write")
-        write = _Write(run, then)
+        write = _Write(run, then, on or 0)
         with self._changed:
             if self._closed:
                 raise Unavailable("The server is shutting down.")
@@ -92,6 +98,7 @@ class Writer:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue or self._closed)
                 group = [self._queue.popleft() for _ in range(min(GROUP_MAX, len(self._queue)))]
+                group.sort(key=lambda write: write.on)
             if not group:
                 return
             self._commit(group)

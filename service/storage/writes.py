@@ -107,7 +107,7 @@ class Writes:
                 keep_receipt(connection, collection_id, receipt.asked, receipt.reply(written))
             return written
 
-        return self._writer.submit(run, then)
+        return self._writer.submit(run, then, on=collection_id)
 
     def delete_memories(
         self,
@@ -135,7 +135,7 @@ class Writes:
             note_deleted(connection, collection_id, version + 1, list(known))
             return Deleted(version + 1, [id_ for id_ in dict.fromkeys(ids) if id_ in known])
 
-        return self._writer.submit(run, then)
+        return self._writer.submit(run, then, on=collection_id)
 
     def delete_expired(self, collection_id: int, then: Callable[[Deleted], None] = lambda _: None) -> int:
         """Delete what has expired by now, in transactions of `EXPIRED_AT_ONCE` memories; their number is returned.
@@ -158,7 +158,7 @@ class Writes:
 
         count = 0
         while True:
-            deleted = self._writer.submit(run, lambda done: then(done) if done.ids else None)
+            deleted = self._writer.submit(run, lambda done: then(done) if done.ids else None, on=collection_id)
             count += len(deleted.ids)
             if len(deleted.ids) < EXPIRED_AT_ONCE:
                 return count

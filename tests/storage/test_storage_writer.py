@@ -165,3 +165,18 @@ def test_close_finishes_what_was_accepted_and_refuses_the_rest(database, writer)
 def test_write_inside_a_write_is_refused_instead_of_waiting_forever(writer):
     with pytest.raises(RuntimeError, match="cannot wait"):
         writer.submit(lambda _: writer.submit(named("inner")))
+
+
+def test_a_group_locks_its_collections_in_one_order(writer):
+    """Else two servers whose groups name the same collections hold what the other waits for: a deadlock each second."""
+    ran = []
+    with ThreadPoolExecutor(GROUP_MAX) as pool:
+        with occupied(writer, pool):
+            writes = []
+            for number, on in enumerate([3, 1, None, 3, 1, 2]):
+                run = lambda _, number=number, on=on: ran.append((on or 0, number))  # noqa: E731
+                writes.append(pool.submit(writer.submit, run, on=on))
+                wait_until_queued(writer, number + 1)
+        for write in writes:
+            write.result()
+    assert ran == [(0, 2), (1, 1), (1, 4), (2, 5), (3, 0), (3, 3)]
