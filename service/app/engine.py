@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
 
 import structlog
 
@@ -92,7 +92,7 @@ from service.app.transfer_schemas import Event, ExportRequest, Format, ImportOpt
 from service.encoders import registry
 from service.encoders.cards import cards
 from service.encoders.device import check_device
-from service.errors import Conflict, ContentNotFound, EngramError, NothingObserved, Unavailable
+from service.errors import CollectionNotFound, Conflict, ContentNotFound, EngramError, NothingObserved, Unavailable
 from service.settings import Settings
 from service.storage.blobs import Blobs
 from service.storage.database import Database
@@ -102,6 +102,8 @@ from service.storage.repository import Repository
 from service.storage.writer import Writer
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 Handler = Callable[[Job, Callable[[float], None]], dict[str, Any]]
 
@@ -255,10 +257,24 @@ class Engine:
     # --- store ---
 
     def accept(self, name: str, request: StoreRequest) -> Accepted:
-        accepted = accept(self.resources, self.resources.live(name), request)
+        accepted = self._written(name, lambda live: accept(self.resources, live, request))
         stored = sum(result.status != "error" for result in accepted.results)
         self.resources.metrics.used(CALLER.get().name, stored=stored)
         return accepted
+
+    def _written(self, name: str, write: Callable[[LiveCollection], T]) -> T:
+        """What a write gives. One that finds its collection gone, which another has taken the place of meanwhile (by a
+        restore, or made anew; here or at another server), is done there. Raises `CollectionNotFound`, and what `write`
+        does.
+        """
+        live = self.resources.live(name)
+        try:
+            return write(live)
+        except CollectionNotFound:
+            self.resources.look()
+            if (now := self.resources.live(name)) is live:
+                raise
+            return write(now)
 
     def store_reply(self, accepted: Accepted) -> StoreReply:
         return reply(self.resources, accepted)
@@ -370,7 +386,7 @@ class Engine:
 
     def patch(self, name: str, memory_id: str, request: PatchRequest) -> PatchReply:
         """Change a memory in part. Raises as `patch.patch`."""
-        return patch(self.resources, self.resources.live(name), memory_id, request)
+        return self._written(name, lambda live: patch(self.resources, live, memory_id, request))
 
     def content(self, name: str, memory_id: str) -> tuple[bytes, str]:
         """The original bytes and their media type. Raises `MemoryNotFound`, `ContentNotFound`."""
@@ -381,10 +397,10 @@ class Engine:
 
     def delete_memories(self, name: str, ids: Sequence[str], if_version: int | None = None) -> DeleteReply:
         """Raises `PreconditionFailed` where one is not at `if_version`."""
-        return memories.delete_ids(self.resources, self.resources.live(name), ids, if_version)
+        return self._written(name, lambda live: memories.delete_ids(self.resources, live, ids, if_version))
 
     def delete(self, name: str, request: DeleteRequest) -> DeleteReply:
-        return memories.delete(self.resources, self.resources.live(name), request)
+        return self._written(name, lambda live: memories.delete(self.resources, live, request))
 
     def count(self, name: str, request: CountRequest | None = None) -> CountReply:
         request = request or CountRequest()

@@ -35,6 +35,7 @@ from sqlalchemy import (
 )
 
 from service.errors import CollectionNotFound, MemoryNotFound, PreconditionFailed
+from service.storage.collection import HIDDEN
 from service.storage.database import Database
 from service.storage.tables import collections, deletions, job_items, jobs, memories, pattern_drafts, patterns
 from service.storage.writer import Writer
@@ -322,10 +323,11 @@ def unexpired() -> ColumnElement[bool]:
 
 def lock(connection: Connection, collection_id: int) -> tuple[int, int]:
     """The collection's version and generation, which nobody else changes before this transaction ends. Raises
-    `CollectionNotFound`."""
+    `CollectionNotFound`, also of one that a restore took the place of: what is written there goes with it."""
     c = collections.c
-    row = connection.execute(select(c.version, c.generation).where(c.id == collection_id).with_for_update()).first()
-    if row is None:
+    this = select(c.version, c.generation, c.name).where(c.id == collection_id)
+    row = connection.execute(this.with_for_update()).first()
+    if row is None or row.name.startswith(HIDDEN):
         raise CollectionNotFound("The collection was deleted.")
     return row.version, row.generation
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from service.app import restore, snapshots
 from service.app.engine import Engine
+from service.app.memory_schemas import DeleteRequest, PatchRequest
 from service.app.schemas import CollectionConfig, Operation, RecallRequest, StoreRequest
 from service.app.snapshot_schemas import RestoreRequest
 from service.errors import (
@@ -362,6 +363,35 @@ def test_what_a_crash_left_is_tidied(engine: Engine) -> None:
     with pytest.raises(EngramError):
         engine.collection(HIDDEN + "former-7")
     assert restore.STAGING.startswith(HIDDEN)
+
+
+def test_a_write_never_goes_to_what_a_restore_took_the_place_of(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a request, or of another server, that has not heard of the restore: the former is still being removed."""
+    engine.create_collection("c", CollectionConfig.model_validate({"spaces": {"v": {"dimension": D}}}))
+    store(engine, [{"id": f"m{i}", "vectors": {"v": ROWS[i]}} for i in range(5)])
+    former = engine.resources.live("c")
+    kept = snapshot(engine)
+    monkeypatch.setattr(restore, "remove_hidden", lambda _: None)
+    restored(engine, kept, replace=True)
+    new = engine.resources.live("c")
+    engine.resources.lives["c"] = former
+    monkeypatch.setattr(engine.resources, "look", lambda: engine.resources.lives.update(c=new))
+    reply = store(engine, [{"id": "late", "vectors": {"v": ROWS[0]}}])
+    assert reply.results[0].status == "stored"
+    assert engine.resources.live("c") is new
+    assert order(engine)[-1] == "late"
+    for write in (
+        lambda: engine.patch("c", "m1", PatchRequest(payload={"n": -1})),
+        lambda: engine.delete_memories("c", ["m2"]),
+        lambda: engine.delete("c", DeleteRequest(ids=["m3"])),
+    ):
+        engine.resources.lives["c"] = former
+        write()
+        assert engine.resources.live("c") is new
+    assert engine.memory("c", "m1").payload == {"n": -1}
+    assert {"m2", "m3"}.isdisjoint(order(engine))
 
 
 PROGRAM = """
