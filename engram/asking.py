@@ -367,6 +367,7 @@ def given(**fields: Any) -> Body:
     return {name: value for name, value in fields.items() if value is not None}
 
 
+_jitter = random.Random()  # not the program's: programs that all seed theirs alike would come back together
 REPEATED = frozenset({429, 502, 503})  # 502: a balancer's, whose server went away in the middle
 
 
@@ -377,5 +378,5 @@ def _pause_s(error: EngramError, attempt: int) -> float | None:
     """
     if error.status not in REPEATED or isinstance(error, LASTING):
         return None
-    jitter_s = random.uniform(0, min(PAUSE_MAX_S, PAUSE_S * 2.0**attempt))
+    jitter_s = _jitter.uniform(0, min(PAUSE_MAX_S, PAUSE_S * 2.0**attempt))
     return jitter_s + (error.retry_after_s or 0)
