@@ -322,7 +322,7 @@ class AsyncCollection(_Caller[CollectionAsking]):
         refused: Callable[[Refusal], None] | None = None,
     ) -> Imported:
         """Store a file of rows (NDJSON, Parquet, Arrow, Feather, by its ending), or memories
-        `{"id"?, "text"?, "payload"?, "vectors"?, "content"?: an original's bytes}`, any number of them.
+        `{"id"?, "text"?, "payload"?, "vectors"?, "content"?: an original's bytes, "expires_at"?}`, any number of them.
 
         Sent in parts of some megabytes, each durable once it is answered, and asked again as reads are: rows that are
         sent twice are stored once. `from_row`: pass over the rows of a file before this one. Vectors of a space that an

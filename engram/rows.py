@@ -14,7 +14,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 import orjson
 
+from service.app.ids import new_id
 from service.app.transfer_schemas import HEADER, MEDIA_TYPES
 from service.errors import InvalidRequest, MalformedBody, NotFound
 
@@ -87,12 +87,12 @@ def open_rows(path: Path, from_row: int = 1) -> Iterator[RowFile]:
 
 
 def parts_of_memories(memories: Iterable[Mapping[str, Any]]) -> Iterator[Part]:
-    """Memories, `{"id"?, "text"?, "payload"?, "vectors"?, "content"?}`, as NDJSON. Those without an id get one here, so
-    that a part which is sent again stores nothing twice."""
+    """Memories, `{"id"?, "text"?, "payload"?, "vectors"?, "content"?, "expires_at"?}`, as NDJSON. Those without an id
+    get one here, so that a part which is sent again stores nothing twice."""
     lines: list[bytes] = []
     size = number = 0
     for number, memory in enumerate(memories, start=1):
-        line = orjson.dumps({"id": uuid.uuid4().hex, **_packed(memory)}, option=orjson.OPT_APPEND_NEWLINE)
+        line = orjson.dumps({"id": new_id(), **_packed(memory)}, option=orjson.OPT_APPEND_NEWLINE)
         lines.append(line)
         size += len(line)
         if size >= PART_BYTES:

@@ -1,9 +1,9 @@
 """A collection as a stream of rows: NDJSON, Arrow's stream, Parquet; of one version, in bounded memory.
 
 Rules:
-- What is exported and imported into an empty collection gives the same memories: ids, texts, payloads, vectors and,
-  with `content`, the originals byte for byte. The header names each space's encoder and its fingerprint, by which an
-  import knows whether the vectors are its own encoder's.
+- What is exported and imported into an empty collection gives the same memories: ids, texts, payloads, vectors, when
+  they expire and, with `content`, the originals byte for byte. The header names each space's encoder and its
+  fingerprint, by which an import knows whether the vectors are its own encoder's.
 - Held are a chunk of rows and, of the originals, `CONTENT_BYTES` and one more.
 """
 
@@ -20,6 +20,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from service.app.fields import as_datetime
 from service.app.live import LiveCollection
 from service.app.resources import Resources
 from service.app.rows import VECTORS
@@ -107,11 +108,12 @@ def _lines(header: Header, spaces: dict[str, int], content: bool, parts: Iterato
         chunk = part.chunk
         lines = []
         for row in range(part.start, part.stop):
-            payload = chunk.payloads[row]
+            payload, expires = chunk.payloads[row], chunk.expires_at[row]
             line: dict[str, Any] = {
                 "id": chunk.ids[row],
                 "text": chunk.texts[row],
                 "payload": None if payload is None else orjson.Fragment(payload),
+                "expires_at": None if expires is None else as_datetime(expires),
                 "media_type": chunk.media_types[row],
                 "created_at": chunk.created_at[row],
                 "updated_at": chunk.updated_at[row],
@@ -151,7 +153,13 @@ def _schema(header: Header, spaces: dict[str, int], content: bool) -> pa.Schema:
     text, number = pa.string(), pa.float32()
     fields = [("id", text), ("text", text), ("payload", text)]
     fields += [(VECTORS + name, pa.list_(number, dimension)) for name, dimension in spaces.items()]
-    fields += [("media_type", text), ("created_at", TIME), ("updated_at", TIME), ("version", pa.int64())]
+    fields += [
+        ("expires_at", TIME),
+        ("media_type", text),
+        ("created_at", TIME),
+        ("updated_at", TIME),
+        ("version", pa.int64()),
+    ]
     fields += [("content", pa.large_binary())] if content else []
     return pa.schema(fields, metadata={HEADER: header.model_dump_json()})
 
@@ -165,7 +173,13 @@ def _batch(schema: pa.Schema, spaces: dict[str, int], part: _Part) -> pa.RecordB
         vectors.append(pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), dimension, mask=mask))
     payloads = [None if payload is None else payload.decode() for payload in chunk.payloads[rows]]
     fields = [chunk.ids[rows], chunk.texts[rows], payloads]
-    history = [chunk.media_types[rows], chunk.created_at[rows], chunk.updated_at[rows], chunk.versions[rows]]
+    history = [
+        chunk.expires_at[rows],
+        chunk.media_types[rows],
+        chunk.created_at[rows],
+        chunk.updated_at[rows],
+        chunk.versions[rows],
+    ]
     contents = [] if part.contents is None else [part.contents]
     columns = [*fields, *vectors, *history, *contents]
     arrays = [

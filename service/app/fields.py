@@ -134,9 +134,14 @@ def _to_moment(value: object) -> object:
     return found
 
 
+def as_datetime(microseconds: int) -> datetime:
+    """Raises `OverflowError` beyond the years 1 to 9999."""
+    return EPOCH + timedelta(microseconds=microseconds)
+
+
 def as_date(microseconds: int) -> str:
     """A moment as replies say it."""
-    return (EPOCH + timedelta(microseconds=microseconds)).isoformat()
+    return as_datetime(microseconds).isoformat()
 
 
 Moment = Annotated[

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import threading
 import time
-import uuid
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import wait
@@ -29,8 +28,10 @@ from typing import Any, TypeVar
 import numpy as np
 import structlog
 
+from service.app.checks import check_moment
 from service.app.cues import check_vector, memory_wants
 from service.app.encoding import Parts
+from service.app.ids import new_id
 from service.app.live import LiveCollection
 from service.app.resources import Resources
 from service.app.row_columns import read_parquet, read_stream
@@ -243,7 +244,9 @@ class _Import:
                 vectors = {s: b.values[place] for s, b in batch.vectors.items() if s in given and b.has[place]}
                 if place in faults:
                     raise faults[place]
+                check_moment(fields.expires_at)
                 item = checked(self._resources, live, id_, fields.text, fields.payload, vectors, fields.content)
+                item.expires_at = fields.expires_at
                 wanted = memory_wants(live, Parts(None, item.text, vectors), item.image is not None)
                 live.require(wanted)
             except EngramError as error:
@@ -270,7 +273,7 @@ class _Import:
             if hash_ is not None:
                 self._resources.decoded.take(hash_)  # nobody else will come for it
         writes = [
-            MemoryWrite(item.id, item.text, item.payload, hash_, item.media_type, item.vectors)
+            MemoryWrite(item.id, item.text, item.payload, hash_, item.media_type, item.vectors, item.expires_at)
             for item, hash_ in zip(items, hashes, strict=True)
         ]
         if live.config.duplicates == "warn":
@@ -298,7 +301,7 @@ class _Import:
                 "a row without an id cannot be gone on with, since nothing says whether it is stored already: give "
                 "rows ids, or the import a prefix for them"
             )
-        return uuid.uuid4().hex
+        return new_id()
 
 
 def spaces_given(live: LiveCollection, header: Header) -> set[str]:

@@ -1,6 +1,7 @@
 """Rows as columns of Arrow: their stream, and Parquet. Numbers reach numpy without being Python's in between.
 
 Rules:
+- A moment is a timestamp with its zone, of any unit, or a text.
 - A column is a field of a row, or `vectors.` and a space's name, or that name alone where no field has it.
 - A batch of an Arrow stream has at most `batch_bytes_max`: its writer has chosen what must be read at once.
 - Parquet is read from its end, so its body is kept in a nameless file, at most `spool_bytes_max` of it: nothing is left
@@ -23,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
 
-from service.app.fields import MemoryId, Text, faults
+from service.app.fields import MemoryId, Moment, Text, as_datetime, faults
 from service.app.rows import (
     BATCH_BYTES,
     BATCH_ROWS,
@@ -167,6 +168,10 @@ def _is_bytes(kind: pa.DataType) -> bool:
     return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind))
 
 
+def _is_moment(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_timestamp(kind)) and kind.tz is not None
+
+
 def _holds_numbers(kind: pa.DataType) -> bool:
     types = pa.types
     if not (types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)):
@@ -179,10 +184,13 @@ FIELD_TYPES: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
     "text": (lambda kind: _is_text(kind), "texts"),
     "payload": (lambda kind: _is_text(kind) or _is_bytes(kind), "JSON texts"),
     "content": (lambda kind: _is_bytes(kind), "bytes"),
+    "expires_at": (lambda kind: _is_text(kind) or _is_moment(kind), "timestamps with their zone, or texts"),
 }
+TICKS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}  # of a timestamp, in a second
 
 _id: TypeAdapter[str | None] = TypeAdapter(MemoryId | None)
 _text: TypeAdapter[str | None] = TypeAdapter(Text | None)
+_moment: TypeAdapter[int] = TypeAdapter(Moment)
 
 
 def _column_batches(
@@ -225,14 +233,11 @@ def _column_batch(held: list[pa.RecordBatch], first: int, columns: _Columns, dim
     batch = held[0] if len(held) == 1 else pa.Table.from_batches(held).combine_chunks().to_batches()[0]
     with _malformed("whole"):
         given: dict[str, list[Any]] = {
-            name: batch.column(column).to_pylist() if column in batch.schema.names else [None] * len(batch)
+            name: _values(batch.column(column)) if column in batch.schema.names else [None] * len(batch)
             for name, column in columns.fields.items()
         }
     nothing = [None] * len(batch)
-    rows = [
-        _fields(*row)
-        for row in zip(*(given.get(name, nothing) for name in ("id", "text", "payload", "content")), strict=True)
-    ]
+    rows = [_fields(*row) for row in zip(*(given.get(name, nothing) for name in FIELD_TYPES), strict=True)]
     vectors = {}
     for space, column in columns.vectors.items():
         dimension = dimensions[space]
@@ -243,7 +248,17 @@ def _column_batch(held: list[pa.RecordBatch], first: int, columns: _Columns, dim
     return Batch(first, rows, vectors)
 
 
-def _fields(id_: Any, text: str | None, payload: str | bytes | None, content: bytes | None) -> Fields | EngramError:
+def _values(column: pa.Array) -> list[Any]:
+    """A column's values; of moments, microseconds since 1970: of a year that no date has, too."""
+    if not pa.types.is_timestamp(column.type):
+        return list(column.to_pylist())
+    ticks = TICKS[column.type.unit]
+    return [None if value is None else value * 10**6 // ticks for value in column.cast(pa.int64()).to_pylist()]
+
+
+def _fields(
+    id_: Any, text: str | None, payload: str | bytes | None, content: bytes | None, expires_at: int | str | None
+) -> Fields | EngramError:
     try:
         parsed = None if payload is None else orjson.loads(payload)
     except orjson.JSONDecodeError as error:
@@ -255,7 +270,14 @@ def _fields(id_: Any, text: str | None, payload: str | bytes | None, content: by
             adapter.validate_python(value)
         except ValidationError as error:
             return InvalidRequest(f"{where}: {faults(error)}")
-    return Fields(None if id_ is None else str(id_), text, parsed, content)
+    try:
+        given = as_datetime(expires_at) if isinstance(expires_at, int) else expires_at
+        moment = None if given is None else _moment.validate_python(given)
+    except OverflowError:
+        return InvalidRequest("expires_at: a date is of the years 1 to 9999")
+    except ValidationError as error:
+        return InvalidRequest(f"expires_at: {faults(error)}")
+    return Fields(None if id_ is None else str(id_), text, parsed, content, moment)
 
 
 def _block(column: pa.Array, dimension: int) -> tuple[Block, list[tuple[int, int]]]:

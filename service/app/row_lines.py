@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 from pydantic import BeforeValidator, ValidationError
 
-from service.app.fields import Base64, MemoryId, Name, Payload, Request, Text, faults, to_array
+from service.app.fields import Base64, MemoryId, Moment, Name, Payload, Request, Text, faults, to_array
 from service.app.rows import (
     BATCH_BYTES,
     BATCH_ROWS,
@@ -63,6 +63,7 @@ class RowInput(Request):
     vectors: dict[Name, Vector] | None = None
     content: Base64 | None = None
     image: ImageInput | None = None
+    expires_at: Moment | None = None
     media_type: Any = None
     created_at: Any = None
     updated_at: Any = None
@@ -160,7 +161,7 @@ def _read_line(line: bytes | None, dimensions: Dimensions) -> tuple[Fields | Eng
             return wrong_dimension(name, dimension, len(vector)), {}
         taken[name] = vector
     content = row.content if row.image is None else row.image.base64
-    return Fields(row.id, row.text, row.payload, content), taken
+    return Fields(row.id, row.text, row.payload, content, row.expires_at), taken
 
 
 def _stacked(vectors: list[dict[str, Numbers]]) -> dict[str, Block]:

@@ -41,6 +41,7 @@ class Fields:
     text: str | None
     payload: Any
     content: bytes | None
+    expires_at: int | None  # in microseconds since 1970
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,8 @@
 """What is said about an import and an export: the header of a file of rows, the options, the lines of an answer.
 
-A row has `id`, `text`, `payload`, `vectors`, `content` (the original's bytes) and, of an export, `media_type`,
-`created_at`, `updated_at` and `version`, which an import passes over: they are the other collection's history.
+A row has `id`, `text`, `payload`, `vectors`, `content` (the original's bytes), `expires_at` and, of an export,
+`media_type`, `created_at`, `updated_at` and `version`, which an import passes over: they are the other collection's
+history.
 """
 
 from __future__ import annotations

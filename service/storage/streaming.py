@@ -29,14 +29,14 @@ CHUNK_ROWS, CHUNK_VALUES = 512, 2**20
 _c = memories.c
 _COLUMNS: tuple[Any, ...] = (
     _c.id, _c.version, _c.text, type_coerce(_c.payload, LargeBinary), _c.blob_hash, _c.media_type, _c.created_at,
-    _c.updated_at,
+    _c.updated_at, _c.expires_at,
 )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class MemoryChunk:
-    """Columns of some memories, in order. `payloads` are JSON; `vectors[space]` is (rows, dimension) float32, and
-    `has[space]`, (rows,), says which have one."""
+    """Columns of some memories, in order. `payloads` are JSON; `expires_at` is in microseconds since 1970;
+    `vectors[space]` is (rows, dimension) float32, and `has[space]`, (rows,), says which have one."""
 
     ids: list[str]
     versions: list[int]
@@ -46,6 +46,7 @@ class MemoryChunk:
     media_types: list[str | None]
     created_at: list[datetime]
     updated_at: list[datetime]
+    expires_at: list[int | None]
     vectors: dict[str, NDArray[np.float32]]
     has: dict[str, NDArray[np.bool_]]
 
@@ -93,9 +94,9 @@ class Streaming:
                     columns = list(map(list, zip(*part, strict=True)))
                     fields, vectors = columns[: len(_COLUMNS)], dict(zip(spaces, columns[len(_COLUMNS) :], strict=True))
                     has = {space: np.array([each is not None for each in v]) for (space, _), v in vectors.items()}
-                    ids, versions, texts, payloads, hashes, kinds, created, updated = fields
+                    ids, versions, texts, payloads, hashes, kinds, created, updated, expires = fields
                     yield MemoryChunk(
-                        ids, versions, texts, payloads, hashes, kinds, created, updated,
+                        ids, versions, texts, payloads, hashes, kinds, created, updated, expires,
                         {space: from_bytes(each, dimension) for (space, dimension), each in vectors.items()}, has,
                     )  # fmt: skip
 

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,11 @@ SPACES: dict[str, Any] = {"v": {"dimension": 3}, "w": {"dimension": 2}}
 PIXELS = {"image": {"encoder": "pixels", "options": {"size": 16}}}
 
 
-@pytest.fixture(params=["http_client", "local_client"])
-def client(request: pytest.FixtureRequest) -> Client:
-    """Files of rows go over HTTP, not over gRPC."""
-    found: Client = request.getfixturevalue(request.param)
-    return found
-
-
 numbers = st.floats(-1e6, 1e6, width=32).filter(lambda value: value == 0 or abs(value) > 1e-6)
 texts = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20).filter(str.strip)
 ids = st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=12).filter(lambda x: x[-8:] != "/content")
+zones = st.integers(-1439, 1439).map(lambda minutes: timezone(timedelta(minutes=minutes)))
+SOON, LATE = datetime.now() + timedelta(days=2), datetime(9999, 12, 30)
 payloads = st.dictionaries(
     texts,
     st.recursive(st.none() | st.booleans() | st.integers(-(2**53), 2**53) | numbers | texts, st.lists, max_leaves=4),
@@ -53,14 +49,16 @@ def memories(draw: st.DrawFn) -> list[dict[str, Any]]:
             for name, d in draw(st.sampled_from([{"v": 3}, {"w": 2}, {"v": 3, "w": 2}])).items()
         }
         text, payload = draw(st.none() | texts), draw(st.none() | payloads)
-        made.append({"id": id_, "vectors": vectors, "text": text, "payload": payload})
+        expires = draw(st.none() | st.datetimes(SOON, LATE, timezones=zones))
+        made.append({"id": id_, "vectors": vectors, "text": text, "payload": payload, "expires_at": expires})
     return made
 
 
 def contents(collection: Collection) -> list[tuple[Any, ...]]:
     """All that an export says of every memory, but for when it was written there."""
     lines = map(json.loads, b"".join(collection.iter_export(content=True)).splitlines()[1:])
-    return [(x["id"], x["text"], x["payload"], x["vectors"], x["media_type"], x["content"]) for x in lines]
+    told = ("id", "text", "payload", "vectors", "media_type", "content", "expires_at")
+    return [tuple(line[name] for name in told) for line in lines]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -81,7 +79,8 @@ def test_what_is_exported_and_imported_is_the_same(
         assert (imported.stored, imported.refused) == (len(made), 0), imported.refusals
         told = contents(first)
         assert [(x[0], x[1], x[2]) for x in told] == [(m["id"], m["text"], m["payload"]) for m in made]
-        for (_, _, _, vectors, _, _), memory in zip(told, made, strict=True):
+        for (_, _, _, vectors, _, _, expires), memory in zip(told, made, strict=True):
+            assert (expires and datetime.fromisoformat(expires)) == memory["expires_at"]
             assert vectors.keys() == memory["vectors"].keys()
             assert all(np.array_equal(np.float32(vectors[s]), memory["vectors"][s]) for s in vectors)
         file = tmp_path_factory.mktemp("rows") / f"rows.{form}"
@@ -136,6 +135,7 @@ def rows_of(form: str, rows: list[dict[str, Any]], file: Path) -> Path:
         "id": pa.array([row.get("id") for row in rows]),
         "vectors.v": pa.array([row.get("vectors", {}).get("v") for row in rows], pa.list_(pa.float64())),
         "payload": pa.array([None if "payload" not in row else json.dumps(row["payload"]) for row in rows]),
+        "expires_at": pa.array([row.get("expires_at") for row in rows], pa.string()),
     }
     table = pa.table(columns)
     if form == "parquet":
@@ -160,14 +160,16 @@ def test_bad_rows_are_told_by_their_number_and_the_others_stored(
         {"id": "huge", "vectors": {"v": [1e39, 2, 3]}},
         {"id": "good", "vectors": {"v": [3, 2, 1]}, "payload": {"a": 2}},
         {"id": "last", "vectors": {"v": [1, 2, 9]}},
+        {"id": "past", "vectors": {"v": [1, 2, 3]}, "expires_at": "2020-01-01T00:00:00Z"},
+        {"id": "unzoned", "vectors": {"v": [1, 2, 3]}, "expires_at": "2920-01-01T00:00:00"},
     ]
     heard: list[Refusal] = []
     collection = client.create_collection(new_name(), SPACES)
     done = collection.import_rows(rows_of(form, rows, tmp_path / "rows"), refused=heard.append)
-    assert (done.rows, done.stored, done.updated, done.refused, done.durable_row) == (9, 2, 1, 6, 9)
+    assert (done.rows, done.stored, done.updated, done.refused, done.durable_row) == (11, 2, 1, 8, 11)
     assert [(each.row, each.code) for each in heard] == [
         (2, "invalid_vector"), (3, "wrong_dimension"), (4, "invalid_request"), (5, "invalid_request"),
-        (6, "invalid_request"), (7, "invalid_vector"),
+        (6, "invalid_request"), (7, "invalid_vector"), (10, "invalid_request"), (11, "invalid_request"),
     ]  # fmt: skip
     assert tuple(heard) == done.refusals
     assert collection.get("good").payload == {"a": 2}
@@ -226,6 +228,25 @@ def test_other_writers_columns_are_taken(client: Client, new_name: NewName, tmp_
     assert collection.import_rows(tmp_path / "rows.feather").stored == 2
     told = {x[0]: x[3] for x in contents(collection)}
     assert told == {"7": {"v": [1, 2, 3], "w": [0, 1]}, "8": {"v": [4, 5, 6], "w": [1, 1]}}
+
+
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+def test_moments_of_any_unit_are_taken(unit: str, client: Client, new_name: NewName, tmp_path: Path) -> None:
+    late = {"s": 2**40, "ms": 2**50, "us": 2**60, "ns": 2**62}[unit]  # beyond the year 9999 where the unit reaches it
+    second = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[unit]
+    moments = pa.array([4_102_444_800 * second, late, -second, None], pa.timestamp(unit, "Europe/Berlin"))
+    vectors = pa.array([[1.0, 2, 3]] * 4)
+    pq.write_table(pa.table({"id": list("abcd"), "v": vectors, "expires_at": moments}), tmp_path / "rows.parquet")
+    collection = client.create_collection(new_name(), SPACES)
+    done = collection.import_rows(tmp_path / "rows.parquet")
+    found = {memory.id: memory.expires_at for memory in collection.scroll()}
+    assert (found["a"], found["d"]) == ("2100-01-01T00:00:00+00:00", None)
+    assert [each.row for each in done.refusals] == ([3] if unit == "ns" else [2, 3])
+
+    unzoned = pa.table({"id": ["e"], "v": vectors[:1], "expires_at": pa.array([0], pa.timestamp(unit))})
+    pq.write_table(unzoned, tmp_path / "rows.parquet")
+    with pytest.raises(InvalidRequest, match="with their zone"):
+        collection.import_rows(tmp_path / "rows.parquet")
 
 
 def test_a_file_that_is_no_rows_is_refused_whole(client: Client, new_name: NewName, tmp_path: Path) -> None:
