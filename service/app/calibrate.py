@@ -334,7 +334,7 @@ def run_calibrate_job(resources: Resources, job: Job, beat: Callable[[float], No
             calibration = calibrate_collection(live, resources, under, beat, supplied)
             beat(1.0)  # the last look at whether the job is still wanted
             try:
-                live.revision = resources.repository.put_gates(live.id, calibration.packed(), at)
+                resources.repository.put_gates(live.id, calibration.packed(), at, live.revised)
             except LearnedElsewhere:
                 resources.look()
                 continue

@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 from service.app.calibrate import calibrate_collection
@@ -124,13 +125,17 @@ def retire(resources: Resources, live: LiveCollection, kernel_id: str) -> None:
     if not live.learning.acquire(timeout=RETIRE_WAIT_S):
         raise TooBusy(f"{live.name} is being calibrated or re-encoded; its kernels change after that", retry_after_s=10)
     try:
-        _check_current(resources, live)
-        active = live.learned.by_id(kernel_id)
-        if active is None:
-            raise KernelNotFound(f"no kernel {kernel_id} is in use in {live.name}")
-        resources.repository.retire_kernel(
-            live.id, active.space, then=lambda retired: live.without_kernel(active.space, retired)
-        )
+        while True:
+            _check_current(resources, live)
+            at, active = live.revision, live.learned.by_id(kernel_id)
+            if active is None:
+                raise KernelNotFound(f"no kernel {kernel_id} is in use in {live.name}")
+            follow = partial(live.without_kernel, active.space)
+            try:
+                resources.repository.retire_kernel(live.id, active.space, follow, at)
+                break
+            except LearnedElsewhere:
+                resources.look()
     finally:
         live.learning.release()
     if live.learned.kernels:

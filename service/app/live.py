@@ -255,15 +255,19 @@ class LiveCollection:
 
     def without_kernel(self, space: str, retired: Retired) -> None:
         """A space goes on without its kernel; what was calibrated under it is forgotten. Called by storage."""
-        if retired.revision == self.revision:  # another server was first
-            return
         before = self.learned
         kernels = {name: kernel for name, kernel in before.kernels.items() if name != space}
         routes = {name: route for name, route in before.routes.items() if route.holds(kernels)}
         self.learned = Learned(kernels, before.gates, routes)
         self.follow(None, [], retired.version)
-        self.revision = retired.revision
+        self.revised(retired.revision)
         self._let_go(before)
+
+    def revised(self, revision: int) -> None:
+        """What was learned is here as of this revision. Called by storage, in the order of the commits: else one that
+        follows at once would find a gap that no other server's change is there to fill.
+        """
+        self.revision = revision
 
     def _let_go(self, before: Learned) -> None:
         """The bank forgets kernels that no recall can ask for any more: those that went out of use a change ago."""

@@ -146,12 +146,18 @@ class Learned:
         return self._writer.submit(run, then, on=collection_id)
 
     def retire_kernel(
-        self, collection_id: int, space: str, then: Callable[[Retired], None] = lambda _: None
+        self,
+        collection_id: int,
+        space: str,
+        then: Callable[[Retired], None] = lambda _: None,
+        at: int | None = None,
     ) -> Retired:
-        """Let a space be without a kernel. `then` as in `Writer.submit`. Raises `CollectionNotFound`."""
+        """Let a space be without a kernel. `then` as in `Writer.submit`. `at`: the revision that the kernel was seen at.
+        Raises `CollectionNotFound`, `LearnedElsewhere`."""
 
         def run(connection: Connection) -> Retired:
             version = lock_version(connection, collection_id)
+            _check_revision(_revision(connection, collection_id), at)
             if not _retire(connection, collection_id, space):
                 return Retired(version, _revision(connection, collection_id))
             set_version(connection, collection_id, version + 1)
@@ -184,10 +190,16 @@ class Learned:
             row = connection.execute(query).one_or_none()
         return None if row is None else _weight(*row)
 
-    def put_gates(self, collection_id: int, records: Mapping[str, dict[str, Any]], at: int | None = None) -> int:
+    def put_gates(
+        self,
+        collection_id: int,
+        records: Mapping[str, dict[str, Any]],
+        at: int | None = None,
+        then: Callable[[int], None] = lambda _: None,
+    ) -> int:
         """Keep these calibration records by modality, in place of all earlier ones; the collection's revision after.
 
-        `at`: the revision that they were made under. Raises `CollectionNotFound`, `LearnedElsewhere`.
+        `at`: the revision that they were made under. `then` as in `Writer.submit`. Raises `CollectionNotFound`, `LearnedElsewhere`.
         """
 
         def run(connection: Connection) -> int:
@@ -196,7 +208,7 @@ class Learned:
             _replace_gates(connection, collection_id, records)
             return revise(connection, collection_id)
 
-        return self._writer.submit(run, on=collection_id)
+        return self._writer.submit(run, then, on=collection_id)
 
     def get_gates(self, collection_id: int) -> dict[str, Gate]:
         """The calibration records by modality."""

@@ -468,3 +468,22 @@ def test_digits_by_cue_and_by_path(engine: Engine) -> None:
 
 def noisy_png(image: bytes, rng: np.random.Generator) -> bytes:
     return png(corrupt_picture(read_picture(image), Noise(sigma=0.2), rng).pixels)
+
+
+def test_an_index_made_as_a_calibration_ends_leaves_no_revision_behind(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next calibration is made again without end, until another server's change is here that there is not."""
+    make(engine)
+    put_gates = engine.repository.put_gates
+
+    def put(*args: Any) -> int:
+        revision = put_gates(*args)
+        engine.put_payload_index("c", "n")  # as of a request in the moment after the commit
+        return revision
+
+    monkeypatch.setattr(engine.repository, "put_gates", put)
+    store(engine, ROWS)
+    calibrated(engine)
+    assert engine.resources.live("c").revision == engine.repository.get_collection("c").revision == 2
+    train(engine)

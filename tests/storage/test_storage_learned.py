@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from sqlalchemy import update
 from sqlalchemy.exc import IntegrityError, StatementError
 
+from service.errors import LearnedElsewhere
 from service.storage import learned
 from service.storage.learned import KernelPut
 from service.storage.repository import Repository
@@ -67,6 +68,16 @@ def test_of_a_dropped_kernel_the_record_stays(repository, collection):
     assert kept.record == {"beaten by": "cosine"}
     assert repository.get_kernel_weight(collection.id, "image", 1) is None
     assert repository.retire_kernel(collection.id, "image").version == 0
+
+
+def test_what_is_retired_is_what_was_seen(repository, collection):
+    """Else a server that has not heard of another's new kernel would retire that one."""
+    seen = repository.put_kernel(collection.id, "image", "cue", W, {}, activate=True)
+    newer = repository.put_kernel(collection.id, "image", "cue", W, {}, activate=True)
+    with pytest.raises(LearnedElsewhere):
+        repository.retire_kernel(collection.id, "image", at=seen.revision)
+    assert statuses(repository, collection.id) == [("image", 1, "retired"), ("image", 2, "active")]
+    assert repository.retire_kernel(collection.id, "image", at=newer.revision).revision == newer.revision + 1
 
 
 def test_gates_are_replaced_with_the_kernel_or_not_at_all(repository, collection):
