@@ -280,11 +280,8 @@ class CollectionAsking(Asking):
     def update(self, memory_id: str, changes: Mapping[str, Any], options: Body) -> Steps[Updated]:
         """`changes` that are `KEPT` are none, and None removes."""
         named = {name: value for name, value in changes.items() if value is not KEPT}
-        vectors = named.pop("vectors", None) or {}
-        gone = [name for name, value in named.items() if value is None]
-        gone += [f"vectors.{space}" for space, vector in vectors.items() if vector is None]
-        body: Body = yield Work(partial(with_pictures, named))
-        body |= given(vectors=given(**vectors) or None, remove=gone or None)
+        gone: Body = {name: None for name, value in named.items() if value is None}
+        body: Body = gone | (yield Work(partial(with_pictures, named)))
         return Updated.of((yield from self.here("patch_memory", body | options, id=memory_id)))
 
     def get(self, memory_id: str, min_version: int | None) -> Steps[Memory]:

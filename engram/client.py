@@ -276,7 +276,7 @@ class Collection(_Caller[CollectionAsking]):
         replace_payload: bool = False,
         text: str | None = KEPT,
         image: ImageLike | None = KEPT,
-        vectors: Mapping[str, Any] | None = None,
+        vectors: Mapping[str, Any] = KEPT,
         expires_at: datetime | str | None = KEPT,
         if_version: int | None = None,
     ) -> Updated:
@@ -284,8 +284,8 @@ class Collection(_Caller[CollectionAsking]):
         are encoded again.
 
         `payload` is merged into what there is, a key's None removing the key (RFC 7396); with `replace_payload` it is
-        all of it. `if_version`: only if the memory is at this version, else `PreconditionFailed`. Raises
-        `MemoryNotFound`.
+        all of it. A None among `vectors` takes the memory out of that space. `if_version`: only if the memory is at
+        this version, else `PreconditionFailed`. Raises `MemoryNotFound`.
         """
         changes = {"payload": payload, "text": text, "image": image, "vectors": vectors, "expires_at": expires_at}
         options = given(payload_mode="replace" if replace_payload else None, if_version=if_version)

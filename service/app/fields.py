@@ -115,7 +115,7 @@ else:
     VectorOrNone = Annotated[
         Any,
         BeforeValidator(lambda value: None if value is None else to_array(value)),
-        WithJsonSchema({**FLOATS, "minItems": 1, "maxItems": DIMENSION_MAX}),  # gRPC has no null in a map
+        WithJsonSchema({"anyOf": [{**FLOATS, "minItems": 1, "maxItems": DIMENSION_MAX}, {"type": "null"}]}),
     ]
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from service.app.fields import (
     LIMIT_MAX,
-    SPACES_MAX,
     AtVersion,
     IdempotencyKey,
     MemoryId,
@@ -24,7 +23,6 @@ from service.app.fields import (
 from service.app.filter_schemas import IDS_MAX, FilterSpec
 from service.app.schemas import ImageInput
 
-REMOVED_MAX = SPACES_MAX + 4  # every space, and the parts that there are besides
 DELETED_LISTED_MAX = 10_000  # ids in one reply; more are counted
 
 
@@ -123,37 +121,12 @@ class PatchRequest(Request):
         default_factory=dict, description="of spaces without an encoder; null: the memory has the space no more"
     )
     expires_at: Moment | None = Field(default=None, description="null: it stays")
-    remove: list[str] = Field(
-        default_factory=list, max_length=REMOVED_MAX,
-        description="the same as null, where that cannot be said: payload, text, image, expires_at, vectors.SPACE",
-    )  # fmt: skip
     if_version: int | None = Field(default=None, ge=1, description="change it only if it is at this version")
     idempotency_key: IdempotencyKey | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _removed(cls, data: Any) -> Any:
-        """`remove` as nulls."""
-        if not isinstance(data, dict) or not isinstance(data.get("remove"), list):
-            return data
-        data = dict(data)
-        for name in data["remove"]:
-            part, dot, space = str(name).partition(".")
-            if part == "vectors" and dot and isinstance(vectors := data.get("vectors") or {}, dict):
-                holder, key = {**vectors}, space
-                data["vectors"] = holder
-            elif part in ("payload", "text", "image", "expires_at") and not dot:
-                holder, key = data, part
-            else:
-                raise ValueError(f"remove: {name!r} is none of payload, text, image, expires_at, vectors.SPACE")
-            if holder.get(key) is not None:
-                raise ValueError(f"{name} is both given and removed")
-            holder[key] = None
-        return data
-
     @model_validator(mode="after")
     def _changes_something(self) -> Self:
-        if not self.model_fields_set - {"payload_mode", "if_version", "idempotency_key", "remove"}:
+        if not self.model_fields_set - {"payload_mode", "if_version", "idempotency_key"}:
             raise ValueError("nothing is to be changed: send payload, text, image, vectors or expires_at")
         return self
 

@@ -27,8 +27,11 @@ def parse(method: Method, raw: bytes) -> Asked:
     except DecodeError:
         raise MalformedBody(f"the bytes are no {name} of engram.proto, or it is nested too deeply") from None
     given = to_dict(found, asked=True)
-    given |= dict.fromkeys(given.pop(NULLS, ()) if method.nulls else ())
     path = {parameter: given.pop(parameter, "") for parameter in method.path}
+    nulls = given.pop(NULLS, ()) if method.nulls else ()
+    if both := [field for field in nulls if field in given]:
+        raise InvalidRequest(f"{', '.join(both)}: both given and among the {NULLS}")
+    given |= dict.fromkeys(nulls)
     if method.request is None:
         return Asked(path, None)
     try:

@@ -200,10 +200,10 @@ def test_parts_are_removed_but_not_all(engine: Engine) -> None:
     patch(engine, "a", text="again", vectors={"v": None})
     assert engine.memory("c", "a").spaces == ["text"]
     patch(engine, "a", vectors={"v": [1, 1]}, expires_at="2100-01-01T00:00:00Z", payload={"k": 1})
-    patch(engine, "a", remove=["text", "payload", "expires_at"])
+    patch(engine, "a", text=None, payload=None, expires_at=None)
     memory = engine.memory("c", "a")
     assert (memory.text, memory.payload, memory.expires_at, memory.spaces) == (None, None, None, ["v"])
-    patch(engine, "a", text="t", remove=["vectors.v"])
+    patch(engine, "a", text="t", vectors={"v": None})
     assert engine.memory("c", "a").spaces == ["text"]
 
 
@@ -211,8 +211,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({}, "nothing is to be changed"),
     ({"if_version": 3}, "nothing is to be changed"),
     ({"txet": "a"}, "txet"),
-    ({"remove": ["id"]}, "'id' is none of"),
-    ({"remove": ["text"], "text": "t"}, "both given and removed"),
     ({"text": "  "}, "no characters"),
     ({"vectors": {"image": [1, 2, 3]}}, "filled by its encoder"),
     ({"vectors": {"image": None}}, "filled by its encoder"),

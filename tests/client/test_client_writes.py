@@ -23,7 +23,10 @@ def test_a_memory_changes_in_part_and_on_its_version(client_of_any_way: Client, 
     assert (changed.id, changed.version, changed.warnings) == ("a/b", 2, ())
     memory = collection.get("a/b", min_version=2)
     assert (memory.payload, memory.spaces, memory.version) == ({"deep": {"y": 2}}, ("image", "v"), 2)
-    collection.update("a/b", image=None, payload={"only": 1}, replace_payload=True, text="t", if_version=2)
+    collection.update("a/b", vectors={"v": None})
+    assert collection.get("a/b").spaces == ("image",)
+    collection.update("a/b", vectors={"v": [1, 0]})
+    collection.update("a/b", image=None, payload={"only": 1}, replace_payload=True, text="t", if_version=4)
     memory = collection.get("a/b")
     assert (memory.payload, memory.spaces, memory.text) == ({"only": 1}, ("v",), "t")
 
@@ -34,16 +37,16 @@ def test_a_memory_changes_in_part_and_on_its_version(client_of_any_way: Client, 
     with pytest.raises(InvalidRequest, match="nothing is to be changed"):
         collection.update("a/b")
     results = collection.store(
-        [{"id": id_, "vectors": {"v": [2, 1]}, "if_version": at} for id_, at in (("a/b", 0), ("a/b", 3), ("new", 0))]
+        [{"id": id_, "vectors": {"v": [2, 1]}, "if_version": at} for id_, at in (("a/b", 0), ("a/b", 5), ("new", 0))]
     ).results
     assert [result.error.code if result.error else result.status for result in results] == [
         "precondition_failed", "updated", "stored",
     ]  # fmt: skip
     with pytest.raises(PreconditionFailed):
-        collection.delete("a/b", if_version=3)
+        collection.delete("a/b", if_version=5)
     with pytest.raises(InvalidRequest, match="one memory"):
-        collection.delete(["a/b"], if_version=4)
-    assert collection.delete("a/b", if_version=4) == ["a/b"]
+        collection.delete(["a/b"], if_version=6)
+    assert collection.delete("a/b", if_version=6) == ["a/b"]
 
 
 def test_a_memory_expires(client_of_any_way: Client, new_name: Callable[[], str]) -> None:

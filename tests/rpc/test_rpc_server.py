@@ -177,6 +177,14 @@ def test_a_bad_memory_is_reported_and_the_rest_is_stored(served: Served, make: C
     assert "4 bytes each" in reply.results[3].error.detail
 
 
+@pytest.mark.parametrize(
+    ("nulls", "says"), [(["text"], "text: both given"), (["collection"], "collection"), (["colour"], "colour")]
+)
+def test_what_cannot_be_null_is_refused(served: Served, filled: str, nulls: list[str], says: str) -> None:
+    with pytest.raises(errors.InvalidRequest, match=says):
+        served.ask("patch_memory", {"collection": filled, "id": "1", "text": "t", "nulls": nulls})
+
+
 def test_what_is_no_message_is_malformed(served: Served) -> None:
     call = served.channel.unary_unary(f"/{SERVICE_NAME}/Count")
     with pytest.raises(grpc.RpcError) as caught:
