@@ -321,6 +321,7 @@ def run_calibrate_job(resources: Resources, job: Job, beat: Callable[[float], No
     """Calibrate a collection once writes pause; another round follows by itself if it has drifted meanwhile."""
     assert job.collection_id is not None
     live = resources.live_by_id(job.collection_id)
+    live.catch_up()  # with what another server stored before it asked for this
     waiting_since = time.monotonic()
     while (now := time.monotonic()) - live.last_write_s < QUIET_S and now - waiting_since < QUIET_WAIT_MAX_S:
         time.sleep(0.05)

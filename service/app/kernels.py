@@ -62,6 +62,7 @@ def run_kernel_job(resources: Resources, job: Job, beat: Callable[[float], None]
     """Train, try, and keep or drop. Raises `TrainingRefused` where there is too little to train on."""
     assert job.collection_id is not None
     live = resources.live_by_id(job.collection_id)
+    live.catch_up()  # with what another server stored before it asked for this
     request = TrainKernel.model_validate(job.payload["kernel"])
     space = _space(live, request)
     kinds = _corruptions(live, space, request)

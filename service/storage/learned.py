@@ -152,8 +152,8 @@ class Learned:
         then: Callable[[Retired], None] = lambda _: None,
         at: int | None = None,
     ) -> Retired:
-        """Let a space be without a kernel. `then` as in `Writer.submit`. `at`: the revision that the kernel was seen at.
-        Raises `CollectionNotFound`, `LearnedElsewhere`."""
+        """Let a space be without a kernel. `then` as in `Writer.submit`. `at`: the revision that the kernel was seen
+        at. Raises `CollectionNotFound`, `LearnedElsewhere`."""
 
         def run(connection: Connection) -> Retired:
             version = lock_version(connection, collection_id)
@@ -199,7 +199,8 @@ class Learned:
     ) -> int:
         """Keep these calibration records by modality, in place of all earlier ones; the collection's revision after.
 
-        `at`: the revision that they were made under. `then` as in `Writer.submit`. Raises `CollectionNotFound`, `LearnedElsewhere`.
+        `at`: the revision that they were made under. `then` as in `Writer.submit`. Raises
+        `CollectionNotFound`, `LearnedElsewhere`.
         """
 
         def run(connection: Connection) -> int:

@@ -172,6 +172,16 @@ def test_what_one_calibrates_the_other_judges_by(opened: Open) -> None:
     assert verdicts(one) == verdicts(other)
 
 
+def test_a_job_is_done_on_what_was_stored_before_it_was_queued(opened: Open) -> None:
+    """Else a server that has not looked yet calibrates an empty bank, and nobody asks for a calibration again."""
+    one, other = opened("one"), opened("other", jobs=False)
+    create(one)
+    one._follower.stop()
+    store(other, {str(i): i for i in range(len(ROWS))})
+    until(lambda: other.collection("c").calibration.state == "current")
+    assert other.collection("c").calibration.rows_then == len(ROWS)
+
+
 def test_a_job_that_another_server_does_is_waited_for(opened: Open) -> None:
     one, other = opened("one"), opened("other", jobs=False)
     create(one, spaces={"t": {"encoder": "sentence", "source": "text"}})
