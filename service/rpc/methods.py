@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, RootModel, WithJsonSchema
 from service.app.fields import BASE64, Reply, Request
 from service.app.operations import OPERATIONS, STREAMS
 from service.app.schemas import MEMORY_REF, StoredItem
+from service.app.snapshot_schemas import SnapshotInfo
 from service.app.transfer_schemas import Event, ExportRequest, Format, ImportOptions
 
 if TYPE_CHECKING:
@@ -73,6 +74,18 @@ class ExportReply(Reply):
     rows: Bytes
 
 
+class SnapshotContent(Reply):
+    """The next part of the file, a tar."""
+
+    data: Bytes
+
+
+class PutSnapshotContentRequest(Request):
+    """The first message has the collection and the snapshot's name; each has a part of the file, of any size."""
+
+    data: Bytes = b""
+
+
 @dataclass(frozen=True)
 class Method:
     """`path`: the request's fields that REST has in its path. `call`: as an operation's; None where it streams.
@@ -123,6 +136,14 @@ BESIDE = (
     ),
     Method(
         "export", _about("export"), ("collection",), ExportRequest, ExportReply, None, "export", server_streams=True,
+    ),
+    Method(
+        "get_snapshot_content", _about("get_snapshot_content"), ("collection", "snapshot"), None, SnapshotContent, None,
+        "get_snapshot_content", server_streams=True,
+    ),
+    Method(
+        "put_snapshot_content", _about("put_snapshot_content"), ("collection", "snapshot"), PutSnapshotContentRequest,
+        SnapshotInfo, None, "put_snapshot_content", client_streams=True,
     ),
 )  # fmt: skip
 

@@ -152,6 +152,10 @@ class RpcServer:
     def _replies(self, method: Method, asked: Asked, raws: Any, context: Context) -> AsyncGenerator[Any, None]:
         if method.name == "export":
             return self._transfers.export(self._engine, asked)
+        if method.name == "get_snapshot_content":
+            return self._transfers.snapshot(self._engine, asked)
+        if method.name == "put_snapshot_content":
+            return self._transfers.keep_snapshot(self._engine, method, asked, raws)
         if method.name == "import_rows":
             return self._transfers.import_rows(self._engine, method, asked, raws)
         return store_stream(self._engine, self._pool, method, asked, raws, lambda: wait_max_s(context.time_remaining()))

@@ -1,34 +1,36 @@
-"""Import and export over gRPC: the parts of a file as messages, and what becomes of its rows.
+"""Files over gRPC: their parts as messages; of an import, what becomes of its rows.
 
 Rules:
 - As over REST: an import reads its rows from a thread that stores them, part by part as it asks for them; what it says
   is on its way meanwhile. A slow disk holds the sender back.
-- A part of an export is under what a client takes by default.
+- A part that is sent is under what a client takes by default.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import aclosing
 from contextvars import copy_context
 from functools import partial
 from typing import Any, cast
 
 from service.app.engine import Engine
 from service.app.lines import Lines, failed
+from service.app.snapshot_schemas import SnapshotInfo
 from service.app.transfer_schemas import Event
 from service.errors import TooBusy, Unavailable
-from service.rpc.methods import ExportReply, ImportRowsReply, Method
+from service.rpc.methods import ExportReply, ImportRowsReply, Method, SnapshotContent
 from service.rpc.requests import Asked, parse
 
 TRANSFERS_MAX = 8  # at once: each holds a thread and a few batches, an export a reader of the database
-PART_BYTES = 2**20  # of an export: a client refuses more than 4 MiB by default
+PART_BYTES = 2**20  # sent at once: a client refuses more than 4 MiB by default
 
 
 class Transfers:
-    """The threads of imports and exports; on the event loop alone but for what runs in them."""
+    """The threads of files on their way; on the event loop alone but for what runs in them."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(TRANSFERS_MAX, thread_name_prefix="rpc-transfer")
@@ -36,28 +38,57 @@ class Transfers:
 
     async def export(self, engine: Engine, asked: Asked) -> AsyncGenerator[ExportReply, None]:
         """Raises what the engine raises, and `TooBusy`."""
+        begin = partial(engine.export, asked.path["collection"], asked.body)
+        async with aclosing(self._parts(lambda: begin().chunks)) as parts:
+            async for part in parts:
+                yield ExportReply(rows=part)
+
+    async def snapshot(self, engine: Engine, asked: Asked) -> AsyncGenerator[SnapshotContent, None]:
+        """A kept snapshot's file. Raises `SnapshotNotFound`, `TooBusy`."""
+        begin = partial(engine.snapshot_content, asked.path["collection"], asked.path["snapshot"])
+        async with aclosing(self._parts(lambda: begin()[1])) as parts:
+            async for part in parts:
+                yield SnapshotContent(data=part)
+
+    async def keep_snapshot(
+        self, engine: Engine, method: Method, asked: Asked, raws: AsyncIterator[bytes]
+    ) -> AsyncGenerator[SnapshotInfo, None]:
+        """The one answer to a file. Raises `InvalidRequest`, `InvalidSnapshot`, `SnapshotExists`, `BodyTooLarge`."""
+        self._begin()
+        run = partial(asyncio.get_running_loop().run_in_executor, self._threads)
+        try:
+            with engine.receive_snapshot(asked.path["collection"], asked.path["snapshot"]) as receiving:
+                await run(receiving.write, asked.body.data)
+                async for raw in raws:
+                    await run(receiving.write, parse(method, raw).body.data)
+                yield await run(receiving.keep)
+        finally:
+            self._end()
+
+    async def _parts(self, begin: Callable[[], Iterator[bytes]]) -> AsyncGenerator[bytes, None]:
+        """What `begin` gives to read, in parts that a client takes."""
         self._begin()
         reading = threading.Lock()  # a generator cannot be closed while it runs
-        exported = None
+        begun: Any = None
         loop = asyncio.get_running_loop()
 
         def take() -> bytes | None:
-            nonlocal exported
+            nonlocal begun
             with reading:
-                exported = exported or engine.export(asked.path["collection"], asked.body)
-                return next(exported.chunks, None)
+                begun = begun or begin()
+                return next(begun, None)
 
         def close() -> None:
             with reading:
-                if exported is not None:
-                    cast(Any, exported.chunks).close()
+                if begun is not None:
+                    begun.close()
 
         try:
             while (chunk := await loop.run_in_executor(self._threads, take)) is not None:
                 for start in range(0, len(chunk), PART_BYTES):
-                    yield ExportReply(rows=bytes(chunk[start : start + PART_BYTES]))
+                    yield bytes(chunk[start : start + PART_BYTES])
         finally:
-            self._under_way -= 1
+            self._end()
             self._threads.submit(close)
 
     async def import_rows(
@@ -84,7 +115,7 @@ class Transfers:
 
     def _begin(self) -> None:
         if self._under_way >= TRANSFERS_MAX:
-            raise TooBusy(f"{TRANSFERS_MAX} imports and exports are under way already", retry_after_s=5)
+            raise TooBusy(f"{TRANSFERS_MAX} imports, exports and snapshots are under way already", retry_after_s=5)
         self._under_way += 1
 
     def _end(self) -> None:

@@ -1,4 +1,4 @@
-"""Snapshots over HTTP and in process alike, from the command line, and from one to the other."""
+"""Snapshots by every client, from the command line, and from one to the other."""
 
 from __future__ import annotations
 
@@ -33,23 +33,9 @@ MEMORIES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(params=["http_client", "local_client", "awaited_http_client", "awaited_local_client"])
-def client(request: pytest.FixtureRequest) -> Client:
-    """The clients that files go over."""
-    found: Client = request.getfixturevalue(request.param)
-    return found
-
-
-def test_over_grpc_all_but_the_files(grpc_client: Client, new_name: Callable[[], str], tmp_path: Path) -> None:
-    target = grpc_client.create_collection(new_name(), SPACES)
-    target.store(MEMORIES)
-    made = target.snapshot()
-    assert target.snapshots() == [made]
-    assert target.restore(made.id, replace=True).memories == 40
-    with pytest.raises(InvalidRequest, match="over HTTP"):
-        target.download_snapshot(made.id, tmp_path)
-    assert not list(tmp_path.iterdir())
-    target.delete_snapshot(made.id)
+@pytest.fixture
+def client(client_of_any_way: Client) -> Client:
+    return client_of_any_way
 
 
 def test_a_collection_comes_back(client: Client, new_name: Callable[[], str], tmp_path: Path) -> None:

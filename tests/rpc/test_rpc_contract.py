@@ -10,10 +10,7 @@ from service.rpc.contract import Contract, Message, MessageField, contract
 from service.rpc.messages import SERVICE
 from service.rpc.methods import METHODS, rpc_name
 
-ONLY_REST: dict[str, str] = {
-    "get_snapshot_content": "a file of any size, which programs that know nothing of this service fetch, too",
-    "put_snapshot_content": "its way back",
-}
+ONLY_REST: dict[str, str] = {}
 """Operations of REST that gRPC has not, and why."""
 
 ONLY_RPC = {
