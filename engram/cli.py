@@ -3,7 +3,8 @@
 Rules:
 - A command reaches the memories through their owner (`opening`).
 - An error is one line, `title: detail (code)`, on standard error. Exit codes: 0 done, 1 refused or failed, 2 misused,
-  130 interrupted.
+  130 interrupted
+  (`fsck` has its own: 0 nothing wrong, 1 mended or to be mended, 2 lost, 3 not checked).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from engram import (
     collections_command,
     diagnose,
     encoders_command,
+    fsck_command,
     indexes_command,
     keys_command,
     operations,
@@ -37,13 +39,12 @@ from engram import (
     update,
 )
 from engram.opening import Data
+from engram.shown import print_error
 from service import settings
 from service.errors import EngramError
 
 if TYPE_CHECKING:
     from service.app.engine import Engine
-
-ERRORS_SHOWN_MAX = 50  # rows of a table that a person reads; the count says how many there are
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 out = Console()
@@ -113,13 +114,12 @@ encoders_command.register(app)
 keys_command.register(app)
 sizing.register(app)
 snapshot_command.register(app)
+app.command()(fsck_command.fsck)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(arguments)
     except EngramError as error:
-        Console(stderr=True).print(f"[red]{error.title}[/]: {escape(error.detail)} ({error.code})", soft_wrap=True)
-        for item in error.errors[:ERRORS_SHOWN_MAX]:
-            Console(stderr=True).print(f"  item {item.item}: {escape(item.detail)} ({item.code})", soft_wrap=True)
+        print_error(error)
         sys.exit(1)

@@ -15,7 +15,12 @@ import orjson
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+from service.errors import EngramError
+
+ERRORS_SHOWN_MAX = 50  # rows of a table that a person reads; the count says how many there are
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -25,6 +30,14 @@ RIGHT = ("weight", "similarity", "memories", "progress")  # headings over number
 def console(as_json: bool) -> Console:
     """Where what is for a person goes."""
     return Console(stderr=as_json)
+
+
+def print_error(error: EngramError) -> None:
+    """One line, and one for each item of a batch, on standard error."""
+    told = Console(stderr=True)
+    told.print(f"[red]{error.title}[/]: {escape(error.detail)} ({error.code})", soft_wrap=True)
+    for item in error.errors[:ERRORS_SHOWN_MAX]:
+        told.print(f"  item {item.item}: {escape(item.detail)} ({item.code})", soft_wrap=True)
 
 
 def print_json(value: Any, *, line: bool = False) -> None:

@@ -24,7 +24,7 @@ from service.app.schemas import (
 )
 from service.core.similarity import Kernel
 from service.encoders.protocol import Decoder
-from service.errors import CollectionNotFound, EngramError, InvalidRequest
+from service.errors import CollectionNotFound, EngramError, InvalidRequest, InvalidVector, StorageUnavailable
 from service.storage.memories import Drafted
 from service.storage.payload_indexes import indexed_keys
 from service.storage.repository import Collection
@@ -121,11 +121,16 @@ def _learn(resources: Resources, live: LiveCollection, row: Collection, kernels:
 
 
 def fill(resources: Resources, live: LiveCollection, drafted: Drafted | None = None) -> None:
-    """Bring what is stored to an empty bank; of one space, if told so, a job's drafts."""
+    """Bring what is stored to an empty bank; of one space, if told so, a job's drafts. Raises `StorageUnavailable` for
+    damaged rows.
+    """
     layout = [(space.name, space.dimension) for space in live.spaces.values()]
-    with resources.repository.iter_patterns(live.id, layout, drafted=drafted) as stream:
-        for chunk in stream.chunks:
-            live.bank.write(rows_of(chunk), [], stream.version)
+    try:
+        with resources.repository.iter_patterns(live.id, layout, drafted=drafted) as stream:
+            for chunk in stream.chunks:
+                live.bank.write(rows_of(chunk), [], stream.version)
+    except (ValueError, InvalidVector):
+        raise StorageUnavailable(f"a pattern of {live.name} is damaged: engram fsck says which, and more") from None
 
 
 def _load_spaces(resources: Resources, row: Collection, config: CollectionConfig) -> dict[str, Space]:

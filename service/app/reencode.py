@@ -75,7 +75,8 @@ def enqueue_reencode(resources: Resources, live: LiveCollection, name: str, requ
     config = _configured(space.config, request)
     encoder = make_space(name, config, resources.make_encoder).encoder
     assert encoder is not None  # `_configured` names one
-    if encoder.fingerprint == space.encoder.fingerprint and space.fault is None:
+    whole = not resources.repository.lacking(live.id, name, config.source, 1)  # else fsck has removed damaged ones
+    if encoder.fingerprint == space.encoder.fingerprint and space.fault is None and whole:
         raise InvalidRequest(f"space {name} of {live.name} holds patterns of {encoder.fingerprint} already")
     if (active := resources.repository.active_job(live.id, REENCODE_JOB)) is not None:
         raise Conflict(f"the operation {active} encodes {live.name} again already; cancel it or wait")

@@ -106,7 +106,8 @@ class _Restoring:
         self._began = time.monotonic()
 
     def run(self, beat: Callable[[float], None]) -> dict[str, Any]:
-        verify(self._resources, self._kept, lambda share: self._beat(0.3 * share))
+        store, bound = self._resources.snapshots, self._resources.settings.body_bytes_max
+        verify(store, self._kept, bound, lambda share: self._beat(0.3 * share))
         said = info(self._resources.snapshots, self._kept)
         staged = self._stage()
         live = self._load(staged)

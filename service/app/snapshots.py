@@ -153,10 +153,12 @@ def remove(resources: Resources, collection: str, id_: str) -> None:
     resources.snapshots.delete(collection, id_)
 
 
-def verify(resources: Resources, kept: Kept, beat: Callable[[float], None] = lambda _: None) -> None:
+def verify(
+    store: SnapshotStore, kept: Kept, original_bytes_max: int, beat: Callable[[float], None] = lambda _: None
+) -> None:
     """Read a kept snapshot to its end. Raises `InvalidSnapshot`, `SnapshotDamaged`, naming what differs."""
-    file = KeptFile(resources.snapshots, kept)
-    for _ in read(file, resources.settings.body_bytes_max):
+    file = KeptFile(store, kept)
+    for _ in read(file, original_bytes_max):
         beat(file.at / max(1, kept.size_bytes))
 
 

@@ -1,8 +1,9 @@
 """Originals, kept as files named by the sha-256 of their content.
 
 Layout: `<root>/ab/abcdef…` (256 folders, all made at open so that storing never makes one), `<root>/tmp/` for files
-being written, of which those older than the grace are removed at open (nothing there was ever referred to), and
-`<root>/identity`, by which servers that share a database know that they share the originals.
+being written, of which those older than the grace are removed at open (nothing there was ever referred to),
+`<root>/quarantine/` for those that `fsck` found damaged, and `<root>/identity`, by which servers that share a database
+know that they share the originals.
 
 Rules:
 - A blob is written beside its place, synced, renamed, and its folder synced, before `put` returns: whoever commits a
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import threading
 import time
 import uuid
@@ -32,30 +34,34 @@ GRACE_S = 3600.0
 default)."""
 
 IDENTITY = "identity"
+TEMPORARY = "tmp"
+QUARANTINE = "quarantine"
 
 SYNC_TOGETHER_FROM = 8
 """Blobs from which one sync of the file system beats one per file and folder (500 of 3 kB on ext4: 0.03 s against 0.17
 s); below it, other programs' unwritten data would be waited for without need."""
+
+_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 class Blobs:
     """A content-addressed store of byte strings under `root`. Safe to use from several threads, and from several
     processes."""
 
-    def __init__(self, root: Path) -> None:
-        """Raises `StorageUnavailable` if `root` cannot be made or written, `StorageFull` if there is no space."""
+    def __init__(self, root: Path, *, tidy: bool = True) -> None:
+        """`tidy`: remove stale files. Raises `StorageUnavailable` if `root` cannot be made or written, `StorageFull` if
+        there is no space."""
         self._root = root
         self._folders = [root / f"{first:02x}" for first in range(256)]
-        self._temporary = root / "tmp"
+        self._temporary = root / TEMPORARY
         # Held where existence is decided upon, so that a blob found by `put_many` is not removed before it is marked as
         # wanted.
         self._deciding = threading.Lock()
         self._keeping = 0
         with os_errors(f"The blob store {root} cannot be used"):
             make_folder(self._temporary)
-            for stale in self._temporary.iterdir():
-                if stale.stat().st_mtime <= time.time() - GRACE_S:
-                    stale.unlink(missing_ok=True)
+            for stale in self.stale() if tidy else ():
+                stale.unlink(missing_ok=True)
             for folder in self._folders:
                 folder.mkdir(exist_ok=True)
             sync_folder(root)
@@ -111,6 +117,33 @@ class Blobs:
             return self._path(hash_).stat().st_size
         except OSError:
             return 0
+
+    def stale(self) -> list[Path]:
+        """Files that were being written longer ago than the grace: by a process that is gone."""
+        cutoff = time.time() - GRACE_S
+        with os_errors(f"The blob store {self._root} cannot be read"):
+            return [file for file in sorted(self._temporary.iterdir()) if file.stat().st_mtime <= cutoff]
+
+    def by_folder(self) -> Iterator[tuple[str, list[str]]]:
+        """The first two digits of each folder, and the hashes that it has files of."""
+        for folder in self._folders:
+            with os_errors(f"The folder {folder} cannot be read"):
+                yield folder.name, sorted(name for name in os.listdir(folder) if _HASH.fullmatch(name))
+
+    def is_whole(self, hash_: str) -> bool:
+        """Whether the file's content is what it is named by. Raises `StorageUnavailable` where it cannot be read."""
+        return hashlib.sha256(self.get(hash_)).hexdigest() == hash_
+
+    def quarantine(self, hash_: str) -> Path:
+        """Move a damaged original aside, so that the same content, when it is stored again, is written again; where it
+        is then."""
+        target = self._root / QUARANTINE / hash_
+        with os_errors(f"The original {hash_} cannot be moved"):
+            make_folder(target.parent)
+            self._path(hash_).rename(target)
+            sync_folder(target.parent)
+            sync_folder(self._path(hash_).parent)
+        return target
 
     def exists(self, hash_: str) -> bool:
         return self._path(hash_).exists()

@@ -1,6 +1,6 @@
 """All rows of one database behind one object: collections here; memories (their writes, updates and receipts, and the
-choice among them), drafts, jobs, API keys, what was learned, and copies of whole collections in the modules of their
-names.
+choice among them), drafts, jobs, API keys, what was learned, copies of whole collections and checks (`integrity`) in
+the modules of their names.
 
 Rules:
 - Whoever writes goes through the `Writer` and is answered after the commit; whoever reads sees one state of the
@@ -24,6 +24,7 @@ from service.storage.copies import Copies
 from service.storage.database import Database
 from service.storage.drafts import Drafts
 from service.storage.following import Following
+from service.storage.integrity import Integrity
 from service.storage.jobs import Jobs
 from service.storage.keys import ApiKeys
 from service.storage.learned import Learned
@@ -54,6 +55,7 @@ class Repository(
     Following,
     PayloadIndexes,
     Copies,
+    Integrity,
 ):
     """Everything stored in one database. Safe to use from several threads."""
 

@@ -271,10 +271,15 @@ class Workspace:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        if root.is_dir():
-            with os_errors(f"The folder {root} cannot be emptied"):
-                for stale in root.iterdir():
-                    stale.unlink()
+        with os_errors(f"The folder {root} cannot be emptied"):
+            for stale in self.stale(root):
+                stale.unlink()
+
+    @staticmethod
+    def stale(root: Path) -> list[Path]:
+        """What a process that is gone has left there."""
+        with os_errors(f"The folder {root} cannot be read"):
+            return sorted(root.iterdir()) if root.is_dir() else []
 
     @contextmanager
     def file(self) -> Iterator[tuple[Path, BinaryIO]]:

@@ -447,6 +447,7 @@ def test_kill_9_leaves_the_former_or_the_new(settings: Settings, kind: str) -> N
         assert engine.repository.hidden_collections() == []
         assert engine.snapshots("c").damaged == {}
         for info in engine.snapshots("c").snapshots:
-            snapshots.verify(engine.resources, engine.resources.snapshots.find("c", info.id))
+            keeps = engine.resources.snapshots
+            snapshots.verify(keeps, keeps.find("c", info.id), 2**26)
             assert info.memories in (len(ids), len(ids) + 1)
         assert list((settings.data / "snapshots" / ".tmp").iterdir()) == []
