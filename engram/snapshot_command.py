@@ -82,7 +82,8 @@ def download(
 def upload(
     path: Annotated[Path, typer.Argument(help="A snapshot's file.")],
     collection: Annotated[
-        str | None, typer.Option(help="Whose it shall be; default: the one it was made of.", show_default=False)
+        str | None,
+        typer.Option("--collection", "-c", help="Whose it shall be; default: the one it was made of."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="The snapshot's name; default: the file's.")] = None,
     as_json: AsJson = False,
@@ -111,7 +112,8 @@ def delete(
 def restore(
     snapshot: Annotated[str, typer.Argument(help="The snapshot's name, or a snapshot's file.")],
     collection: Annotated[
-        str | None, typer.Option(help="The collection that it is kept under; default: memories.", show_default=False)
+        str | None,
+        typer.Option("--collection", "-c", help="The collection that it is kept under; default: memories."),
     ] = None,
     into: Into = None,
     replace: Replace = False,
@@ -134,7 +136,7 @@ def restore(
 def push(
     url: Annotated[str, typer.Argument(help="The server to push to.")],
     collection: Annotated[
-        list[str] | None, typer.Option(help="Only this one; may be given several times.", show_default=False)
+        list[str] | None, typer.Option("--collection", "-c", help="Only this one; may be given several times.")
     ] = None,
     replace: Replace = False,
     as_json: AsJson = False,
