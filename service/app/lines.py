@@ -27,8 +27,10 @@ class Lines:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._waiting: queue.Queue[Event | BaseException | None] = queue.Queue(LINES_WAITING_MAX)
+        self._waiting: queue.Queue[Event] = queue.Queue(LINES_WAITING_MAX)
         self._there = asyncio.Event()
+        self._error: BaseException | None = None
+        self._ended = False
         self.progress = ImportProgress(rows=0, stored=0, updated=0, refused=0, durable_row=0, version=None)
 
     def put(self, event: Event) -> None:
@@ -46,13 +48,14 @@ class Lines:
         self._tell()
 
     def fail(self, error: BaseException) -> None:
+        """Like the end it waits for nobody: where the events are not taken there may be nobody."""
         if not isinstance(error, EngramError):
             log.error("an import failed", exc_info=error)
-        self._waiting.put(error)
+        self._error = error
         self._tell()
 
     def end(self) -> None:
-        self._waiting.put(None)
+        self._ended = True
         self._tell()
 
     def _tell(self) -> None:
@@ -62,12 +65,16 @@ class Lines:
     async def next(self) -> Event | BaseException | None:
         """The next event, why there is none, or None at the end."""
         while True:
-            try:
+            self._there.clear()
+            error, ended = self._error, self._ended  # looked at before the queue, in which nothing comes after them
+            with suppress(queue.Empty):
                 return self._waiting.get_nowait()
-            except queue.Empty:
-                self._there.clear()
-            if self._waiting.empty():
-                await self._there.wait()
+            if error is not None:
+                self._error = None
+                return error
+            if ended:
+                return None
+            await self._there.wait()
 
 
 def failed(error: BaseException, progress: ImportProgress) -> ImportFailed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import socket
@@ -16,6 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+from service.app import lines
+from service.app.transfer_schemas import Refusal
+from service.errors import TooBusy
 
 Serve = Callable[..., AbstractContextManager[Any]]
 Make = Callable[..., str]
@@ -208,3 +213,29 @@ def test_a_server_that_is_killed_has_whole_rows_and_goes_on(serve: Serve, tmp_pa
         assert answer[-1]["updated"] == before - 2_000
         assert answer[-1]["stored"] == 20_000 - before
         assert count(server.http, address) == 20_000
+
+
+def test_the_end_of_an_import_that_nobody_reads_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread would stay, and its place among those under way with it."""
+    monkeypatch.setattr(lines, "LINES_WAITING_MAX", 2)
+    monkeypatch.setattr(lines, "UNREAD_S", 0.01)
+
+    async def unread() -> list[Any]:
+        said = lines.Lines(asyncio.get_running_loop())
+        refusal = Refusal(row=1, id=None, code="malformed_body", detail="")
+
+        def work() -> None:
+            try:
+                while True:
+                    said.put(refusal)
+            except TooBusy as error:
+                said.fail(error)
+            said.end()
+
+        await asyncio.wait_for(asyncio.to_thread(work), 10)
+        return [await said.next() for _ in range(4)]
+
+    first, second, error, end = asyncio.run(unread())
+    assert first == second
+    assert isinstance(error, TooBusy)
+    assert end is None
