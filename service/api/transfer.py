@@ -15,6 +15,8 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial
 from typing import Any, cast
 
 import structlog
@@ -53,7 +55,6 @@ class Transfers:
 
     async def import_rows(self, engine: Engine, collection: str, request: Request, options: ImportOptions) -> Response:
         """Raises `CollectionNotFound`, `UnsupportedMediaType`, `TooBusy`, and as `run_import` before its first line."""
-        engine.resources.live(collection)
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         form = FORMATS.get(kind)
         if form is None:
@@ -61,7 +62,8 @@ class Transfers:
         self._begin()
         lines = Lines(asyncio.get_running_loop())
         body = _Body(request.stream(), asyncio.get_running_loop())
-        self._threads.submit(self._import, lines, lambda: engine.import_rows(collection, form, body, options))
+        begin = partial(engine.import_rows, collection, form, body, options)
+        self._threads.submit(copy_context().run, self._import, lines, begin)  # the caller goes along
         first = await lines.next()
         if isinstance(first, BaseException):
             raise first

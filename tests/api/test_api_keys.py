@@ -232,12 +232,15 @@ def test_a_key_has_so_many_requests_at_once(make_key: Any, ask: Any) -> None:
     assert ask(key, "GET", "/v1/collections").status_code == 200
 
 
-def test_use_is_counted_by_key(make_key: Any, ask: Any, keyed: Any) -> None:
+def test_use_is_counted_by_key(make_key: Any, ask: Any, keyed: Any, plain: httpx.Client) -> None:
     key = make_key({"*": "write"}, name="counted")
     body = {"memories": [{"id": f"c{i}", "vectors": {"v": [1, i]}} for i in range(3)] + [{"id": "bad"}]}
     sent = ask(key, "POST", "/v1/collections/theirs/store", json=body).request
     cues = {"cues": [{"vectors": {"v": [1, 1]}}] * 5}
     sent_too = ask(key, "POST", "/v1/collections/theirs/recall", json=cues).request
+    lines = b'{"id": "l1", "vectors": {"v": [1, 7]}}\n{"id": "l2", "vectors": {"v": [1, 8]}}\n'
+    kind = {"content-type": "application/x-ndjson", "authorization": f"Bearer {key['key']}"}
+    imported = plain.post("/v1/collections/theirs/import", content=lines, headers=kind).request
 
     def counted() -> dict[str, float]:
         families = text_string_to_metric_families(keyed.http.get("/metrics").text)
@@ -245,8 +248,8 @@ def test_use_is_counted_by_key(make_key: Any, ask: Any, keyed: Any) -> None:
         return {one.name: one.value for one in samples if one.labels == {"key": "counted"} and "total" in one.name}
 
     assert counted() == {
-        "engram_key_requests_total": 2, "engram_key_stored_total": 3, "engram_key_recalls_total": 5,
-        "engram_key_bytes_in_total": sum(int(one.headers["content-length"]) for one in (sent, sent_too)),
+        "engram_key_requests_total": 3, "engram_key_stored_total": 5, "engram_key_recalls_total": 5,
+        "engram_key_bytes_in_total": sum(int(one.headers["content-length"]) for one in (sent, sent_too, imported)),
     }  # fmt: skip
     assert code(ask(key, "GET", "/v1/keys")) == (403, "forbidden")
     assert keyed.http.delete(f"/v1/keys/{key['id']}").status_code == 204
