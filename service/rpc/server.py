@@ -32,7 +32,7 @@ from service.errors import EngramError, InvalidSettings, MalformedBody, TooBusy
 from service.rpc.messages import POOL, SERVICE_NAME
 from service.rpc.methods import METHODS, Method
 from service.rpc.problems import DETAIL_MAX, status_of, trailers
-from service.rpc.requests import Asked, pack, parse
+from service.rpc.requests import Asked, pack, parse, parsed
 from service.rpc.storing import store_stream
 from service.rpc.transfers import Transfers
 
@@ -40,7 +40,6 @@ log = structlog.get_logger()
 
 Context = Any  # grpc.aio.ServicerContext: grpc has no types
 
-ON_LOOP_BYTES_MAX = 64 * 2**10  # a recall up to this is parsed in tenths of a millisecond, beyond it on a thread
 REPLY_MARGIN_S = 0.2  # a wait ends that much before the call's deadline, so that the reply still arrives
 WAIT_MIN_S = 0.001
 WAIT_MAX_S = 600.0  # the bound on `timeout_s`
@@ -115,8 +114,7 @@ class RpcServer:
 
     async def _answer(self, method: Method, raw: bytes, context: Context) -> bytes:
         engine, pool = self._engine, self._pool
-        on_loop = method.name == "recall" and len(raw) <= ON_LOOP_BYTES_MAX
-        asked = parse(method, raw) if on_loop else await pool.run(parse, method, raw)
+        asked = await (parsed(pool, method, raw) if method.name == "recall" else pool.run(parse, method, raw))
         check(CALLER.get(), need_of(method.as_operation), asked.path.get("collection"))
         if method.name == "recall" and asked.body.cue is not None:
             return pack(method, await serving.recall(engine, pool, asked.path["collection"], asked.body))
@@ -141,7 +139,7 @@ class RpcServer:
                 raw = raws if isinstance(raws, bytes) else await anext(aiter(raws), None)
                 if raw is None:
                     raise MalformedBody("the stream has no message")
-                asked = parse(method, raw)
+                asked = await parsed(self._pool, method, raw)
                 check(CALLER.get(), need_of(method.as_operation), asked.path.get("collection"))
                 async with aclosing(self._replies(method, asked, raws, context)) as replies:
                     async for reply in replies:

@@ -21,7 +21,7 @@ from service.app.engine import Engine
 from service.app.schemas import StoreRequest
 from service.app.serving import Pool
 from service.rpc.methods import Method, StoreStreamReply
-from service.rpc.requests import Asked, parse
+from service.rpc.requests import Asked, parsed
 
 WAITING_BYTES_MAX = 8 * 2**20  # of one stream: some batches of vectors, or a few photographs
 STORED_AT_ONCE = (
@@ -74,14 +74,14 @@ async def store_stream(
 ) -> AsyncGenerator[StoreStreamReply, None]:
     """`wait_max_s()`: the longest wait for encoding that the call's deadline leaves now."""
     path, opening = asked
-    engine.collection(path["collection"])  # raises `CollectionNotFound` before anything more is read
+    await pool.run(engine.collection, path["collection"])  # raises `CollectionNotFound` before anything more is read
     arrived = Arrived()
 
     async def read() -> None:
         try:
             await arrived.put(opening.memories, 0)
             async for raw in rest:
-                await arrived.put(parse(method, raw).body.memories, len(raw))
+                await arrived.put((await parsed(pool, method, raw)).body.memories, len(raw))
         except Exception as error:
             await arrived.end(error)
         else:
