@@ -219,19 +219,18 @@ class _Import:
         faults = _vector_faults(self._live(), batch.vectors)
         for start, stop in _stretches(ids):
             while True:
-                stretch = _Stretch(numbers[start:stop])
+                stretch, live = _Stretch(numbers[start:stop]), self._live()
                 try:
-                    self._put(stretch, batch, start, ids, faults)
+                    self._put(live, stretch, batch, start, ids, faults)
                     break
                 except EncodersChanged:  # nothing of it was stored
-                    continue
+                    self._resources.successor(live)
             self._under_way.append(stretch)
 
     def _put(
-        self, stretch: _Stretch, batch: Batch, start: int, ids: Sequence[str | EngramError],
+        self, live: LiveCollection, stretch: _Stretch, batch: Batch, start: int, ids: Sequence[str | EngramError],
         faults: Mapping[int, EngramError],
     ) -> None:  # fmt: skip
-        live = self._live()
         given = spaces_given(live, self._header)
         ready: dict[int, Item] = {}
         for place, row in enumerate(stretch.rows, start):

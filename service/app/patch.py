@@ -36,7 +36,7 @@ def patch(resources: Resources, live: LiveCollection, memory_id: str, request: P
             try:
                 return _patch(resources, live, memory_id, request, asked)
             except EncodersChanged:
-                live = resources.live_by_id(live.id)
+                live = resources.successor(live)
     except AlreadyDone as done:
         return PatchReply.model_validate(done.reply)
 
