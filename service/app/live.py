@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
+import structlog
 from numpy.typing import NDArray
 
 from service.app.absent import AbsentEncoder
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from service.app.comparison import ActiveKernel
     from service.app.gates import Gate
     from service.app.routes import Route
+
+log = structlog.get_logger()
 
 STALE_SHARE = (
     0.1  # a calibration is redone when the number of memories has moved by this share (log S grows with log N)
@@ -192,7 +195,10 @@ class LiveCollection:
             if version == self.bank.version + 1 or self.read_log is None:
                 self.bring(rows, deletes, version)
             else:
-                self.catch_up(version)
+                try:
+                    self.catch_up(version)
+                except EngramError as error:  # the write stands: its caller is not to hear that it failed
+                    log.warning("a commit is brought to the bank later", collection=self.name, detail=error.detail)
         self.tell()
 
     def catch_up(self, version: int | None = None) -> None:

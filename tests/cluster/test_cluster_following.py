@@ -19,7 +19,7 @@ from service.app.memory_schemas import DeleteRequest
 from service.app.notices import Notices
 from service.app.reencode_schemas import ReencodeRequest
 from service.app.schemas import CollectionConfig, RecallRequest, StoreRequest, TrainRequest
-from service.errors import CollectionExists, CollectionNotFound, OriginalsElsewhere
+from service.errors import CollectionExists, CollectionNotFound, OriginalsElsewhere, TooBusy
 from service.settings import Settings
 from workers.loop import running
 
@@ -180,6 +180,26 @@ def test_a_job_is_done_on_what_was_stored_before_it_was_queued(opened: Open) -> 
     store(other, {str(i): i for i in range(len(ROWS))})
     until(lambda: other.collection("c").calibration.state == "current")
     assert other.collection("c").calibration.rows_then == len(ROWS)
+
+
+def test_a_write_that_stands_is_not_said_to_have_failed(opened: Open) -> None:
+    """Its caller would do it again. What the bank lacks by then comes a second later."""
+    one, other = opened("one", jobs=False), opened("other", jobs=False)
+    create(one)
+    live = one.resources.live("c")
+    read_log = live.read_log
+
+    def busy() -> None:
+        raise TooBusy("readers are using the database")
+
+    with one._follower._syncing:
+        live.read_log = busy
+        store(other, {"a": 0})
+        assert store(one, {"b": 1}) == 2
+        assert live.bank.version == 0
+        live.read_log = read_log
+    at_version(one, 2)
+    assert found(one, 1)[1][0] == "b"
 
 
 def test_a_job_that_another_server_does_is_waited_for(opened: Open) -> None:
