@@ -61,9 +61,10 @@ class Follower:
     def sync(self) -> None:
         """Bring everything to where the database stands now, or later. Raises `StorageUnavailable`, `TooBusy`."""
         with self._syncing:
+            lives = self._resources.all_lives()  # before the heads: what is made after them is in neither
             heads = self._resources.repository.heads()
             standing = {head.id for head in heads}
-            for live in self._resources.all_lives():
+            for live in lives:
                 if live.id not in standing:
                     self._resources.remove(live)
             names = {head.name for head in heads}

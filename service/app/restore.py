@@ -85,8 +85,9 @@ def run_restore_job(resources: Resources, job: Job, beat: Callable[[float], None
 
 def remove_hidden(resources: Resources) -> None:
     """Remove what restores took the place of, and what those left that have ended."""
+    found = resources.repository.hidden_collections()  # before the jobs: what one begins after them is not among these
     at_work = {STAGING + job_id for job_id in resources.repository.active_jobs(RESTORE_JOB)}
-    for hidden in resources.repository.hidden_collections():
+    for hidden in found:
         if hidden.name not in at_work:
             resources.repository.remove_hidden(hidden.id)
 
