@@ -86,6 +86,7 @@ class Follower:
         self._resources.metrics.bank_lag.labels(head.name).set(max(0, lag))
         if lag > 0:
             live.catch_up()
+            self._resources.after_write(live)  # another server may leave calibrations to this one
         if live.revision < head.revision and not collections.relearn(self._resources, live):
             self._load(head)
 

@@ -327,7 +327,7 @@ def _undone(choice: Any, convert: Make) -> Make:
 def _from_field(field: Any, asked: bool) -> Make:
     if _is_map(field):
         inner = _from_element(field.message_type.fields_by_name["value"], asked)
-        return dict if inner is None else partial(_each_value, inner)
+        return _by_name if inner is None else partial(_each_value, inner)
     inner = _from_element(field, asked)
     if _is_repeated(field):
         return list if inner is None else partial(_each, inner)
@@ -339,7 +339,12 @@ def _each(inner: Make, found: Any) -> list[Any]:
 
 
 def _each_value(inner: Make, found: Any) -> dict[str, Any]:
-    return {key: inner(found[key]) for key in found}
+    """By name: protobuf's maps have no order of their own, and a collection's spaces do."""
+    return {key: inner(found[key]) for key in sorted(found)}
+
+
+def _by_name(found: Any) -> dict[str, Any]:
+    return {key: found[key] for key in sorted(found)}
 
 
 def _from_element(field: Any, asked: bool) -> Make | None:

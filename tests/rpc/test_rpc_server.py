@@ -213,8 +213,11 @@ def test_reflection_lists_the_service(served: Served) -> None:
 def test_calls_are_counted(served: Served, filled: str) -> None:
     with pytest.raises(errors.MemoryNotFound):
         served.ask("get_memory", {"collection": filled, "id": "none"})
-    metrics = served.http.get("/metrics").text
-    assert 'engram_grpc_requests_total{method="GetMemory",status="NOT_FOUND"}' in metrics
+    counted = 'engram_grpc_requests_total{method="GetMemory",status="NOT_FOUND"}'
+    deadline = time.monotonic() + 10  # a call is counted when it has ended, which is after its caller has its answer
+    while counted not in served.http.get("/metrics").text:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_wait_ends_before_the_calls_deadline() -> None:

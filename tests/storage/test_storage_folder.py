@@ -40,7 +40,8 @@ def test_folder_is_created_and_says_who_owns_it(tmp_path):
     folder = DataFolder.open(path, url="http://127.0.0.1:1")
     assert folder.database_path.parent == folder.blobs_path.parent == folder.path == path
     assert read_owner(path) == Owner(os.getpid(), "http://127.0.0.1:1")
-    assert json.loads((path / "owner.lock").read_text()) == {"pid": os.getpid(), "url": "http://127.0.0.1:1"}
+    record = {"pid": os.getpid(), "url": "http://127.0.0.1:1", "grpc_url": None}
+    assert json.loads((path / "owner.lock").read_text()) == record
     folder.announce(None)
     assert read_owner(path) == Owner(os.getpid(), None)
     folder.announce("http://127.0.0.1:22")
