@@ -13,6 +13,8 @@ Rules:
   them; the picture of one item may be larger) and `ITEMS_HELD`, what is between encoder and committer by `ITEMS_HELD`.
 - Items are answered in the transaction that stores them. After a crash a job goes on at its first item that is not
   answered; what was encoded and not committed is encoded again.
+- A job that storage could not be asked about, or did not take for now, is let go of: it is resumed once its lease has
+  run out, here or elsewhere.
 - Of a job that has failed or is no longer ours (cancelled, deleted with its collection, taken over), what is under way
   is dropped. Whoever waits for a job hears its end, whatever it was.
 """
@@ -36,7 +38,7 @@ from service.app.live import LiveCollection
 from service.app.resources import Resources
 from service.app.store import STORE_JOB, Arriving, arriving, commit_encoded, decode, job_result
 from service.encoders.protocol import Picture
-from service.errors import Conflict, EncoderMismatch, EncodersChanged, EngramError
+from service.errors import Conflict, EncoderMismatch, EncodersChanged, EngramError, StorageUnavailable, TooBusy
 from service.storage.jobs import Job
 
 log = structlog.get_logger()
@@ -46,7 +48,7 @@ PIXELS_ENCODED = PIXELS_HELD // 2  # of one batch, so that there is room for the
 ITEMS_HELD = 4 * ENCODE_BATCH  # texts and vectors are small; more ahead of the model would gain nothing
 JOBS_CLAIMED_MAX = ENCODE_BATCH  # jobs of one item each that fill a batch
 DECODERS_MAX = 8  # a core decodes some 200 photographs of a megapixel a second, more than a model on the others takes
-BEAT_S = 1.0  # progress is seen as often; a lease lasts a minute
+BEAT_S = 1.0  # progress is seen as often; a lease lasts fifteen seconds
 POLL_S = 1.0  # how late a job can start when nobody told of it
 
 INTERNAL = "the server met an error of its own; its log has the details"
@@ -321,12 +323,12 @@ class Ingest:
             self._tell(run)
 
     def _lose(self, run: _Run, error: Exception) -> None:
-        """Go on without a job. Where it is still ours it has failed, and the row says why. One that lacks its encoder
-        keeps its items, and is queued again when its space has one.
+        """Go on without a job. Where it is still ours, and storage answers, it has failed, and the row says why. One
+        that lacks its encoder keeps its items, and is queued again when its space has one.
         """
         if run.ended:
             return
-        lost = isinstance(error, Conflict) and not isinstance(error, EncoderMismatch)
+        lost = isinstance(error, (Conflict, StorageUnavailable, TooBusy)) and not isinstance(error, EncoderMismatch)
         run.ended = "cancelled" if lost else "failed"
         if lost:
             return

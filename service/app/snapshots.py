@@ -35,7 +35,7 @@ from service.storage.snapshot_store import RANGE_BYTES, Kept, KeptFile, Snapshot
 
 log = structlog.get_logger()
 
-BEAT_S = 1.0  # progress is seen as often; a beat is a commit, and a lease lasts a minute
+BEAT_S = 1.0  # progress is seen as often; a beat is a commit, and a lease lasts fifteen seconds
 HEAD_READ = 64 * 2**10  # a head is some kilobytes: it comes with the first read
 
 _id: TypeAdapter[str] = TypeAdapter(SnapshotId)

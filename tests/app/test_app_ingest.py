@@ -24,6 +24,7 @@ from service.app.engine import Engine
 from service.app.live import LiveCollection, make_spaces
 from service.app.schemas import CollectionConfig, RecallRequest, StoreReply, StoreRequest
 from service.encoders.protocol import Encoded, Picture, Source
+from service.errors import StorageUnavailable
 from service.observability import Metrics
 from service.settings import Settings
 from service.storage import tables
@@ -175,6 +176,30 @@ def test_nothing_is_stored_after_a_cancel_and_others_go_on(
         assert engine.count("a").count == 0
         assert store(engine, [memory(20)]).results[0].status == "stored"
     assert len([red for batch in encoder.batches for red in batch]) < 200, "what was cancelled is not encoded"
+
+
+def test_a_job_outlives_a_database_that_was_away(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was accepted is not given up for an outage of a moment."""
+    put = engine.repository.put_memories
+    job = queued(engine, [memory(1)])
+    away = threading.Event()
+
+    def fails(*given: Any, **named: Any) -> Any:
+        if away.is_set():
+            return put(*given, **named)
+        away.set()
+        raise StorageUnavailable("the database does not answer")
+
+    monkeypatch.setattr(engine.repository, "put_memories", fails)
+    with running(engine):
+        assert away.wait(60)
+        deadline = time.monotonic() + 60
+        while (status := engine.operation(job).status) != "done":
+            assert status in ("queued", "running"), status
+            assert time.monotonic() < deadline
+            engine.repository.release_leases()  # as if they had run out
+            time.sleep(0.05)
+    assert engine.memory("a", "1").spaces == ["m"]
 
 
 def test_what_was_encoded_once_is_remembered(engine: Engine, encoder: Means, monkeypatch: pytest.MonkeyPatch) -> None:
