@@ -27,7 +27,7 @@ from engram.replies import (
     Updated,
 )
 from engram.reports import Diagnostics, Sizing
-from engram.snapshots import Restored, Snapshot
+from engram.snapshots import Restored, Snapshot, SnapshotSchedule
 from engram.steps import Steps, run_async
 from engram.transfer import (
     Imported,
@@ -436,6 +436,20 @@ class AsyncCollection(_Caller[CollectionAsking]):
     async def start_restore(self, snapshot_id: str, into: str | None = None, *, replace: bool = False) -> Operation:
         """As `restore`, without waiting."""
         return await self._do(snapshots.begin_restore(self._asking, snapshot_id, into, replace))
+
+    async def schedule_snapshots(self, every_s: int, keep: int = 7) -> SnapshotSchedule:
+        """Have a snapshot made every so many seconds (60 at least), the first one at once; of these the newest `keep`
+        are kept, and no other snapshot is ever removed.
+        """
+        return await self._do(snapshots.put_schedule(self._asking, every_s, keep))
+
+    async def snapshot_schedule(self) -> SnapshotSchedule:
+        """When the last was made, or why not, and when the next is due. Raises `ScheduleNotFound`."""
+        return await self._do(snapshots.schedule(self._asking))
+
+    async def unschedule_snapshots(self) -> None:
+        """None are made at set times any more; what was made stays."""
+        await self._do(snapshots.delete_schedule(self._asking))
 
     async def info(self) -> CollectionInfo:
         return await self._do(self._asking.info())

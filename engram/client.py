@@ -34,7 +34,7 @@ from engram.replies import (
     Updated,
 )
 from engram.reports import Diagnostics, Sizing
-from engram.snapshots import Restored, Snapshot
+from engram.snapshots import Restored, Snapshot, SnapshotSchedule
 from engram.steps import Steps, run
 from engram.transfer import (
     Imported,
@@ -440,6 +440,20 @@ class Collection(_Caller[CollectionAsking]):
     def start_restore(self, snapshot_id: str, into: str | None = None, *, replace: bool = False) -> Operation:
         """As `restore`, without waiting."""
         return self._do(snapshots.begin_restore(self._asking, snapshot_id, into, replace))
+
+    def schedule_snapshots(self, every_s: int, keep: int = 7) -> SnapshotSchedule:
+        """Have a snapshot made every so many seconds (60 at least), the first one at once; of these the newest `keep`
+        are kept, and no other snapshot is ever removed.
+        """
+        return self._do(snapshots.put_schedule(self._asking, every_s, keep))
+
+    def snapshot_schedule(self) -> SnapshotSchedule:
+        """When the last was made, or why not, and when the next is due. Raises `ScheduleNotFound`."""
+        return self._do(snapshots.schedule(self._asking))
+
+    def unschedule_snapshots(self) -> None:
+        """None are made at set times any more; what was made stays."""
+        self._do(snapshots.delete_schedule(self._asking))
 
     def info(self) -> CollectionInfo:
         return self._do(self._asking.info())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,12 +19,14 @@ from engram.client import Client
 from engram.opening import Data, Name, Url, open_client
 from engram.replies import Operation
 from engram.shown import AsJson, console, minute, print_json, table
-from engram.snapshots import Restored, Snapshot, collection_of
-from service.errors import InvalidRequest
+from engram.snapshots import Restored, Snapshot, SnapshotSchedule, collection_of
+from service.errors import InvalidRequest, ScheduleNotFound
 
 Id = Annotated[str, typer.Argument(help="The snapshot's name.")]
 Into = Annotated[str | None, typer.Option(help="The collection to be; default: the one it is kept under.")]
 Replace = Annotated[bool, typer.Option("--replace", help="It may take the place of a collection that holds memories.")]
+
+UNITS_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 
 out = Console()
 app = typer.Typer(no_args_is_help=True, help="Copies of whole collections: one file each, checksummed.")
@@ -133,6 +136,46 @@ def restore(
     _restored([done], as_json)
 
 
+@app.command()
+def schedule(
+    collection: Name = "memories",
+    every: Annotated[
+        str | None, typer.Option(help="Make one so often: 90s, 30m, 6h, 1d; a minute at least.", metavar="TIME")
+    ] = None,
+    keep: Annotated[
+        int | None, typer.Option(help="Keep so many of those it makes, the newest; default: 7.", show_default=False)
+    ] = None,
+    off: Annotated[bool, typer.Option("--off", help="Make no more; what was made stays.")] = False,
+    as_json: AsJson = False,
+    data: Data = None,
+    url: Url = None,
+) -> None:
+    """Have snapshots made at set times, the first one at once; or say when the next is due."""
+    if off and (every is not None or keep is not None):
+        raise InvalidRequest("--off goes alone")
+    every_s = None if every is None else _seconds(every)
+    with open_client(data, url, must_exist=True) as client:
+        target = client.collection(collection)
+        if off:
+            target.unschedule_snapshots()
+        try:
+            found = target.snapshot_schedule()
+        except ScheduleNotFound:
+            found = None
+        if every_s is not None:
+            found = target.schedule_snapshots(every_s, keep or (7 if found is None else found.keep))
+        elif keep is not None:
+            if found is None:
+                raise InvalidRequest("there is no schedule yet: give --every, too")
+            found = target.schedule_snapshots(found.every_s, keep)
+    if as_json:
+        print_json(found)
+    elif found is None:
+        out.print(f"No snapshots of {escape(collection)} are made at set times; see --every.")
+    else:
+        _scheduled(collection, found)
+
+
 def push(
     url: Annotated[str, typer.Argument(help="The server to push to.")],
     collection: Annotated[
@@ -205,6 +248,31 @@ def _restored(operations: Sequence[Operation], as_json: bool) -> None:
             out.print(f"[yellow]{done.originals_missing:,} originals were missing already when it was made[/]")
         for space, why in done.problems.items():
             out.print(f"[yellow]{escape(space)}[/]: {escape(why['detail'])} ({why['code']})", soft_wrap=True)
+
+
+def _seconds(time: str) -> int:
+    """`6h` in seconds. Raises `InvalidRequest`."""
+    matched = re.fullmatch(r"([0-9]{1,9})([smhd]?)", time)
+    if matched is None:
+        raise InvalidRequest(f"--every takes a number of s, m, h or d, as 6h, not {time}")
+    return int(matched[1]) * UNITS_S[matched[2] or "s"]
+
+
+def _scheduled(collection: str, found: SnapshotSchedule) -> None:
+    unit = next(unit for unit in "dhms" if found.every_s % UNITS_S[unit] == 0)
+    every = f"{found.every_s // UNITS_S[unit]}{unit}"
+    made = (
+        "" if found.made_at is None else f"; last {minute(found.made_at)} ({escape(found.snapshot or 'none is kept')})"
+    )
+    under_way = "" if found.operation is None else f"; the operation {found.operation} makes one now"
+    out.print(
+        f"[bold]{escape(collection)}[/]: every {every}, the newest {found.keep} are kept; "
+        f"next {minute(found.next_at)} UTC{made}{under_way}",
+        soft_wrap=True,
+    )
+    if found.error is not None:
+        failed = minute(found.failed_at or "")
+        out.print(f"[red]failed {failed}[/]: {escape(found.error.detail)} ({found.error.code})", soft_wrap=True)
 
 
 def _show(found: Sequence[Snapshot], as_json: bool) -> None:

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import orjson
 
 from engram.asking import POLL_S, Asking, CollectionAsking, given
-from engram.replies import Operation, Problem, Reply
+from engram.replies import Operation, Parts, Problem, Reply
 from engram.steps import Fetch, Pause, Send, Steps, Work
 from service.errors import NotFound, NotWritable, SnapshotDamaged
 from service.storage.snapshot_file import BLOCK, HEAD_BYTES_MAX, TAIL_BYTES, head_size, read_tail
@@ -57,6 +57,36 @@ class Restored(Reply):
     problems: dict[str, dict[str, str]]
     seconds: float
     version: int
+
+
+@dataclass(frozen=True)
+class SnapshotSchedule(Reply):
+    """One is made every `every_s` seconds, next at `next_at`; the newest `keep` of these are kept. `snapshot`: the last
+    of them; `operation`: of the one under way; `error`: of the last that was tried, if it failed.
+    """
+
+    PARTS: ClassVar[Parts] = {"error": Problem}
+
+    every_s: int
+    keep: int
+    next_at: str
+    operation: str | None
+    snapshot: str | None
+    made_at: str | None
+    failed_at: str | None
+    error: Problem | None
+
+
+def put_schedule(asking: CollectionAsking, every_s: int, keep: int) -> Steps[SnapshotSchedule]:
+    return SnapshotSchedule.of((yield from asking.here("put_snapshot_schedule", given(every_s=every_s, keep=keep))))
+
+
+def schedule(asking: CollectionAsking) -> Steps[SnapshotSchedule]:
+    return SnapshotSchedule.of((yield from asking.here("get_snapshot_schedule")))
+
+
+def delete_schedule(asking: CollectionAsking) -> Steps[None]:
+    yield from asking.here("delete_snapshot_schedule")
 
 
 def create(asking: CollectionAsking) -> Steps[Snapshot]:

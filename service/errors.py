@@ -176,6 +176,10 @@ class SnapshotNotFound(NotFound):
     code, title = "snapshot_not_found", "There is no such snapshot"
 
 
+class ScheduleNotFound(NotFound):
+    code, title = "schedule_not_found", "No snapshots of the collection are made at set times"
+
+
 class Conflict(EngramError):
     status, code, title = 409, "conflict", "The request conflicts with what is stored"
 

@@ -92,8 +92,8 @@ class Worker(threading.Thread):
 
 
 class Housekeeper(threading.Thread):
-    """Looks each second whether a bank should be sealed, which keys there are and what is queued, four times a minute
-    for what has expired, and each hour after what storage no longer needs.
+    """Looks each second whether a bank should be sealed or a snapshot made, which keys there are and what is queued,
+    four times a minute for what has expired, and each hour after what storage no longer needs.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -106,6 +106,7 @@ class Housekeeper(threading.Thread):
         every_s = {
             engine.follow_keys: SEAL_POLL_S,
             engine.watch_queue: SEAL_POLL_S,
+            engine.snapshot_on_schedule: SEAL_POLL_S,
             engine.expire: EXPIRE_S,
             engine.housekeep: HOUSEKEEPING_S,
         }

@@ -63,7 +63,7 @@ from service.app.schemas import (
 )
 from service.app.serving import Pool
 from service.app.sizing_schemas import Sizing, SizingRequest
-from service.app.snapshot_schemas import RestoreRequest, SnapshotInfo, SnapshotList
+from service.app.snapshot_schemas import RestoreRequest, ScheduleRequest, SnapshotInfo, SnapshotList, SnapshotSchedule
 from service.app.transfer_schemas import MEDIA_TYPES, ExportRequest, Format, ImportOptions
 
 ID_MAX = 512  # characters of a memory's id
@@ -344,6 +344,32 @@ async def restore_snapshot(
     return await pool.run(engine.restore, collection, snapshot, body)
 
 
+SCHEDULE = "/collections/{collection}/snapshot_schedule"
+
+
+@v1.put(SCHEDULE, tags=["snapshots"], openapi_extra=_body(ScheduleRequest))
+async def put_snapshot_schedule(
+    collection: CollectionName, request: Request, engine: Engine_, pool: Pool_
+) -> SnapshotSchedule:
+    """Have snapshots made at set times, the first one at once. Of those only the newest are kept; no other snapshot is
+    ever removed.
+    """
+    body = await bodies.read(request, ScheduleRequest)
+    return await pool.run(engine.put_snapshot_schedule, collection, body)
+
+
+@v1.get(SCHEDULE, tags=["snapshots"])
+async def get_snapshot_schedule(collection: CollectionName, engine: Engine_, pool: Pool_) -> SnapshotSchedule:
+    """When the last was made, or why not, and when the next is due."""
+    return await pool.run(engine.snapshot_schedule, collection)
+
+
+@v1.delete(SCHEDULE, status_code=204, tags=["snapshots"])
+async def delete_snapshot_schedule(collection: CollectionName, engine: Engine_, pool: Pool_) -> None:
+    """What was made stays."""
+    await pool.run(engine.delete_snapshot_schedule, collection)
+
+
 # --- store and recall -------------------------------------------------------------------------------------------------
 
 
@@ -606,8 +632,8 @@ def _document(app: FastAPI) -> dict[str, Any]:
     template = "#/components/schemas/{model}"
     models = (
         CollectionConfig, CountRequest, DeleteRequest, GetRequest, KeyRequest, MemoryInput, PatchRequest,
-        ProblemDetails, RecallRequest, ReencodeRequest, RestoreRequest, ScrollRequest, SizingRequest, StoreRequest,
-        TrainRequest,
+        ProblemDetails, RecallRequest, ReencodeRequest, RestoreRequest, ScheduleRequest, ScrollRequest, SizingRequest,
+        StoreRequest, TrainRequest,
     )  # fmt: skip
     read = [(model, "validation") for model in models]
     _, definitions = models_json_schema(read, ref_template=template)  # type: ignore[arg-type]

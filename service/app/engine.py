@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar, cast
 
 import structlog
 
-from service.app import collections, memories, payload_indexes, restore, snapshots
+from service.app import collections, memories, payload_indexes, restore, snapshot_schedule, snapshots
 from service.app.absent import AbsentEncoder
 from service.app.access import CALLER, Level, Need, check
 from service.app.admission import Admission
@@ -85,7 +85,7 @@ from service.app.schemas import (
 )
 from service.app.sizing import size
 from service.app.sizing_schemas import Sizing, SizingRequest
-from service.app.snapshot_schemas import RestoreRequest, SnapshotInfo, SnapshotList
+from service.app.snapshot_schemas import RestoreRequest, ScheduleRequest, SnapshotInfo, SnapshotList, SnapshotSchedule
 from service.app.snapshots import Receiving
 from service.app.store import STORE_JOB, Accepted, accept, reply
 from service.app.transfer_schemas import Event, ExportRequest, Format, ImportOptions, Totals
@@ -486,6 +486,22 @@ class Engine:
         check(CALLER.get(), Need("admin"), request.into or name)
         return self.operation(restore.enqueue_restore(self.resources, name, snapshot_id, request))
 
+    def put_snapshot_schedule(self, name: str, request: ScheduleRequest) -> SnapshotSchedule:
+        """Have snapshots made at set times; the first one at once."""
+        return snapshot_schedule.put(self.resources, name, request)
+
+    def snapshot_schedule(self, name: str) -> SnapshotSchedule:
+        """Raises `ScheduleNotFound`."""
+        return snapshot_schedule.get(self.resources, name)
+
+    def delete_snapshot_schedule(self, name: str) -> None:
+        """None are made at set times any more; what was made stays."""
+        snapshot_schedule.delete(self.resources, name)
+
+    def snapshot_on_schedule(self) -> None:
+        """Queue the snapshots that are due."""
+        snapshot_schedule.tick(self.resources)
+
     def kernels(self, name: str) -> KernelList:
         return listed(self.resources, self.resources.live(name))
 
@@ -548,7 +564,7 @@ class Engine:
             CALIBRATE_JOB: partial(run_calibrate_job, self.resources),
             KERNEL_JOB: partial(run_kernel_job, self.resources),
             REENCODE_JOB: partial(run_reencode_job, self.resources),
-            SNAPSHOT_JOB: partial(snapshots.run_snapshot_job, self.resources),
+            SNAPSHOT_JOB: partial(snapshot_schedule.run_job, self.resources),
             RESTORE_JOB: partial(restore.run_restore_job, self.resources),
         }
 

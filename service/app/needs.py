@@ -21,6 +21,7 @@ READ = (
     "list_payload_indexes",
     "list_snapshots",
     "get_snapshot",
+    "get_snapshot_schedule",
 )
 RECALL = ("recall", "get_memories", "get_memory", "get_content", "scroll", "count", "export", "get_snapshot_content")
 WRITE = ("store", "import_rows", "patch_memory", "delete_memories", "delete_memory")
@@ -35,6 +36,8 @@ ADMIN = (
     "create_snapshot",
     "put_snapshot_content",
     "delete_snapshot",
+    "put_snapshot_schedule",
+    "delete_snapshot_schedule",
     "restore_snapshot",
 )
 KEYS = ("create_key", "list_keys", "revoke_key")

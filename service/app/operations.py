@@ -52,7 +52,13 @@ from service.app.schemas import (
 )
 from service.app.schemas import Operation as OperationInfo
 from service.app.sizing_schemas import Sizing, SizingRequest
-from service.app.snapshot_schemas import RestoreRequest, SnapshotInfo, SnapshotList
+from service.app.snapshot_schemas import (
+    RestoreRequest,
+    ScheduleRequest,
+    SnapshotInfo,
+    SnapshotList,
+    SnapshotSchedule,
+)
 from service.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -177,6 +183,18 @@ OPERATIONS: dict[str, Operation] = {
         Operation(
             "restore_snapshot", "POST", _SNAPSHOTS + "/{snapshot}/restore", RestoreRequest, OperationInfo,
             lambda engine, path, request: engine.restore(path["collection"], path["snapshot"], request),
+        ),
+        Operation(
+            "put_snapshot_schedule", "PUT", _COLLECTION + "/snapshot_schedule", ScheduleRequest, SnapshotSchedule,
+            lambda engine, path, request: engine.put_snapshot_schedule(path["collection"], request),
+        ),
+        Operation(
+            "get_snapshot_schedule", "GET", _COLLECTION + "/snapshot_schedule", None, SnapshotSchedule,
+            lambda engine, path, _: engine.snapshot_schedule(path["collection"]), reads=True,
+        ),
+        Operation(
+            "delete_snapshot_schedule", "DELETE", _COLLECTION + "/snapshot_schedule", None, None,
+            lambda engine, path, _: engine.delete_snapshot_schedule(path["collection"]),
         ),
         # --- store and recall ---
         Operation(

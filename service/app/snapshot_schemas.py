@@ -17,6 +17,10 @@ from service.encoders.protocol import DIMENSION_MAX
 
 FORMAT, FORMAT_VERSION = "engram-snapshot", 1
 
+EVERY_MIN_S = 60  # a whole copy each: oftener a collection of some size would be copied all the time
+EVERY_MAX_S = 366 * 24 * 3600  # what comes less than once a year is no schedule, but a diary
+KEEP_MAX = 1_000  # their ids are in one row, and a list of more is read by nobody
+
 SnapshotId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Number = Annotated[int, Field(ge=0, lt=2**62, strict=True)]
@@ -43,6 +47,26 @@ class SnapshotList(Reply):
 
     snapshots: list[SnapshotInfo]
     damaged: dict[str, Problem]
+
+
+class ScheduleRequest(Request):
+    """PUT …/snapshot_schedule."""
+
+    every_s: int = Field(ge=EVERY_MIN_S, le=EVERY_MAX_S, description="seconds from one snapshot to the next")
+    keep: int = Field(default=7, ge=1, le=KEEP_MAX, description="how many of those that it makes are kept: the newest")
+
+
+class SnapshotSchedule(Reply):
+    """When snapshots of a collection are made, and what became of the last one."""
+
+    every_s: int
+    keep: int
+    next_at: str = Field(description="when the next one is due")
+    operation: str | None = Field(description="of the one under way")
+    snapshot: str | None = Field(description="the last that was made, and is kept")
+    made_at: str | None = Field(description="when a last one was made")
+    failed_at: str | None = Field(description="null unless the last one that was tried failed")
+    error: Problem | None = Field(description="why it failed")
 
 
 class RestoreRequest(Request):

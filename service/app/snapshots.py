@@ -57,12 +57,16 @@ class Paced:
 # --- made -------------------------------------------------------------------------------------------------------------
 
 
-def enqueue_snapshot(resources: Resources, live: LiveCollection, *, scheduled: bool = False) -> str:
+def new_id() -> str:
+    """A name that says when, and is nobody else's."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
+
+
+def enqueue_snapshot(resources: Resources, live: LiveCollection) -> str:
     """Commit the job of a snapshot; its id. Raises `Conflict` while another one of the collection is made."""
     if (active := resources.repository.active_job(live.id, SNAPSHOT_JOB)) is not None:
         raise Conflict(f"the operation {active} makes a snapshot of {live.name} already; wait for it or cancel it")
-    id_ = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
-    payload = {"snapshot": {"id": id_, "scheduled": scheduled}}
+    payload = {"snapshot": {"id": new_id(), "scheduled": False}}
     return resources.enqueue(SNAPSHOT_JOB, live.id, payload=payload)[0]
 
 

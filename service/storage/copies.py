@@ -26,6 +26,7 @@ from service.errors import CollectionNotEmpty, CollectionNotFound, Conflict, Inv
 from service.storage.collection import HIDDEN, Collection, collection_rows
 from service.storage.database import Database
 from service.storage.jobs import ENDED
+from service.storage.schedules import hand_schedule_on
 from service.storage.tables import collections, gates, jobs, kernels, memories, name_versions, patterns
 from service.storage.writer import Writer
 
@@ -251,6 +252,8 @@ class Copies:
             version: int = max(last, staged) + 1
             this = update(collections).where(collections.c.id == collection_id)
             connection.execute(this.values(name=name, version=version))
+            if former is not None:
+                hand_schedule_on(connection, former.id, collection_id)
             outcome = {**result, "version": version}
             runs = (jobs.c.id == job_id) & (jobs.c.status == "running")
             payload = connection.execute(select(jobs.c.payload).where(runs).with_for_update()).scalar()

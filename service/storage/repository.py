@@ -31,6 +31,7 @@ from service.storage.learned import Learned
 from service.storage.memories import Memories
 from service.storage.payload_indexes import PayloadIndexes
 from service.storage.receipts import Receipts
+from service.storage.schedules import Schedules
 from service.storage.selection import Selection
 from service.storage.streaming import Streaming
 from service.storage.tables import collections, name_versions
@@ -54,6 +55,7 @@ class Repository(
     ApiKeys,
     Following,
     PayloadIndexes,
+    Schedules,
     Copies,
     Integrity,
 ):

@@ -263,6 +263,25 @@ job_items = Table(
     Index("ix_job_items_blob", "blob_hash"),
 )
 
+snapshot_schedules = Table(
+    "snapshot_schedules",
+    metadata,
+    Column(
+        "collection_id",
+        ForeignKey("collections.id", name="fk_snapshot_schedules_collection", ondelete="CASCADE"),
+        nullable=False,
+    ),
+    Column("every_s", Integer, nullable=False),
+    Column("keep", Integer, nullable=False),
+    Column("next_at", Time, nullable=False),
+    Column("job_id", String(36)),  # of the snapshot under way; no foreign key: that it is gone is seen, too
+    Column("made", Json, nullable=False),  # the ids of those that are kept, the oldest first
+    Column("made_at", Time),  # the last of them
+    Column("failed_at", Time),
+    Column("error", Json),  # of the last one that was tried, if it failed
+    PrimaryKeyConstraint("collection_id", name="pk_snapshot_schedules"),
+)
+
 api_keys = Table(
     "api_keys",
     metadata,

@@ -21,6 +21,7 @@ from service.errors import (
     InvalidRequest,
     InvalidSnapshot,
     NotFound,
+    ScheduleNotFound,
     SnapshotExists,
     SnapshotNotFound,
 )
@@ -92,6 +93,36 @@ def test_what_is_wrong_is_refused(client: Client, new_name: Callable[[], str], t
     assert {kept.id for kept in target.snapshots()} >= {made.id}
 
 
+@pytest.fixture(params=["http_client", "grpc_client", "local_client", "awaited_local_client"])
+def any_client(request: pytest.FixtureRequest) -> Client:
+    found: Client = request.getfixturevalue(request.param)
+    return found
+
+
+def test_snapshots_at_set_times(any_client: Client, new_name: Callable[[], str]) -> None:
+    target = any_client.create_collection(new_name(), SPACES)
+    target.store(MEMORIES)
+    with pytest.raises(ScheduleNotFound):
+        target.snapshot_schedule()
+    for every_s, keep in ((59, 7), (10**9, 7), (60, 0), (60, 1_001)):
+        with pytest.raises(InvalidRequest):
+            target.schedule_snapshots(every_s, keep)
+    asked = target.schedule_snapshots(3_600, keep=2)
+    assert (asked.every_s, asked.keep, asked.error) == (3_600, 2, None)
+    deadline = time.monotonic() + 60
+    while (told := target.snapshot_schedule()).snapshot is None or told.operation is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert [kept.id for kept in target.snapshots()] == [told.snapshot]
+    assert (told.next_at > (told.made_at or ""), told.failed_at) == (True, None)
+    target.unschedule_snapshots()
+    with pytest.raises(ScheduleNotFound):
+        target.snapshot_schedule()
+    assert len(target.snapshots()) == 1
+    with pytest.raises(CollectionNotFound):
+        any_client.collection("never").schedule_snapshots(60)
+
+
 def test_the_api_is_plain_http(server_url: str, new_name: Callable[[], str]) -> None:
     with httpx.Client(base_url=f"{server_url}/v1/collections") as http:
         name = new_name()
@@ -158,3 +189,10 @@ def test_the_command_and_the_move_to_a_server(
     assert run(capsys, "push", server_url, "--collection", mine, "--data", data)[0] == 1
     assert run(capsys, "push", server_url, "--collection", mine, "--replace", "--data", data)[0] == 0
     assert not list((data / "snapshots" / mine).iterdir())
+    assert "No snapshots of" in run(capsys, "snapshot", "schedule", *at)[1]
+    assert run(capsys, "snapshot", "schedule", "--keep", 3, *at)[0] == 1
+    for wrong in (("--every", "six hours"), ("--every", "59s"), ("--every", "1h", "--off")):
+        assert run(capsys, "snapshot", "schedule", *wrong, *at)[0] == 1
+    assert "every 6h, the newest 7 are kept" in run(capsys, "snapshot", "schedule", "--every", "6h", *at)[1]
+    assert json.loads(run(capsys, "snapshot", "schedule", "--keep", 3, "--json", *at)[1])["every_s"] == 21_600
+    assert "No snapshots of" in run(capsys, "snapshot", "schedule", "--off", *at)[1]

@@ -58,6 +58,9 @@ BY_COMMAND = {
     "put_snapshot_content": "snapshot upload",
     "delete_snapshot": "snapshot delete",
     "restore_snapshot": "snapshot restore",
+    "put_snapshot_schedule": "snapshot schedule",
+    "get_snapshot_schedule": "snapshot schedule",
+    "delete_snapshot_schedule": "snapshot schedule",
 }
 BY_ANOTHER = {
     "get_memory",  # `get` asks for many at once
