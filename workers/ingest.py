@@ -309,7 +309,7 @@ class Ingest:
         done: set[str] = set()
         if results:
             try:
-                done = self._resources.repository.finish_together(results)
+                done = self._resources.repository.finish_together(results, self._owner)
             except Exception as error:
                 for run in runs:
                     self._lose(run, error)
@@ -339,7 +339,7 @@ class Ingest:
 
     def _fail(self, job: Job, error: EngramError) -> None:
         try:
-            self._resources.repository.fail(job.id, {"code": error.code, "detail": error.detail})
+            self._resources.repository.fail(job.id, {"code": error.code, "detail": error.detail}, self._owner)
         except EngramError as unwritten:
             log.warning("a job's failure could not be written", job=job.id, detail=unwritten.detail)
 

@@ -67,7 +67,8 @@ class Worker(threading.Thread):
     def _run(self, job: Job) -> None:
         status = "done"
         try:
-            self._engine.repository.finish(job.id, self._handler(job, lambda progress: self._beat(job, progress)))
+            result = self._handler(job, lambda progress: self._beat(job, progress))
+            self._engine.repository.finish(job.id, result, self._owner)
         except Cancelled:
             status = "cancelled"
         except EngramError as error:
@@ -86,7 +87,7 @@ class Worker(threading.Thread):
 
     def _fail(self, job: Job, code: str, detail: str) -> None:
         try:
-            self._engine.repository.fail(job.id, {"code": code, "detail": detail})
+            self._engine.repository.fail(job.id, {"code": code, "detail": detail}, self._owner)
         except EngramError as error:
             log.warning("a job's failure could not be written", job=job.id, detail=error.detail)
 

@@ -204,25 +204,26 @@ class Jobs:
 
         return self._writer.submit(run)
 
-    def finish(self, id_: str, result: dict[str, Any]) -> bool:
-        """The job is done. False (and nothing changes) if it no longer runs: cancelled, deleted, or finished by
-        another."""
-        return id_ in self.finish_together({id_: result})
+    def finish(self, id_: str, result: dict[str, Any], owner: str | None = None) -> bool:
+        """The job is done. False (and nothing changes) if it no longer runs (cancelled, deleted, or finished by
+        another), or runs as another `owner`'s by now."""
+        return id_ in self.finish_together({id_: result}, owner)
 
-    def finish_together(self, results: Mapping[str, dict[str, Any]]) -> set[str]:
+    def finish_together(self, results: Mapping[str, dict[str, Any]], owner: str | None = None) -> set[str]:
         """As `finish`, of several jobs by their ids, in one transaction; those that are done by it."""
 
         def run(connection: Connection) -> set[str]:
             ended = {
-                id_: end_job(connection, id_, "done", progress=1.0, result=result) for id_, result in results.items()
+                id_: end_job(connection, id_, "done", of=owner, progress=1.0, result=result)
+                for id_, result in results.items()
             }
             return {id_ for id_, done in ended.items() if done}
 
         return self._writer.submit(run)
 
-    def fail(self, id_: str, error: dict[str, Any]) -> bool:
-        """The job cannot be done; `error` is {"code", "detail"}. False (and nothing changes) if it no longer runs."""
-        return self._writer.submit(lambda connection: end_job(connection, id_, "failed", error=error))
+    def fail(self, id_: str, error: dict[str, Any], owner: str | None = None) -> bool:
+        """The job cannot be done; `error` is {"code", "detail"}. False (and nothing changes) as of `finish`."""
+        return self._writer.submit(lambda connection: end_job(connection, id_, "failed", of=owner, error=error))
 
     def requeue(self, collection_id: int, kind: str, codes: Collection[str]) -> int:
         """Queue a collection's jobs of this kind again that failed with one of these codes; their number."""
@@ -401,12 +402,12 @@ def answer_items(connection: Connection, job_id: str, answers: Sequence[ItemAnsw
         raise Conflict(f"Items of the operation {job_id} have been answered before.")
 
 
-def end_job(connection: Connection, id_: str, status: Status, **values: Any) -> bool:
-    """Move a job to an end from where that is allowed, in the caller's transaction; whether it was."""
+def end_job(connection: Connection, id_: str, status: Status, *, of: str | None = None, **values: Any) -> bool:
+    """Move a job to an end from where that is allowed, in the caller's transaction; whether it was. `of`: its owner."""
     begins: tuple[Status, ...] = ("queued", "running") if status == "cancelled" else ("running",)
     query = (
         update(jobs)
-        .where(jobs.c.id == id_, jobs.c.status.in_(begins))
+        .where(jobs.c.id == id_, jobs.c.status.in_(begins), *([] if of is None else [jobs.c.owner == of]))
         .values(status=status, lease_until=None, updated_at=datetime.now(UTC), **values)
         .returning(jobs.c.key)
     )

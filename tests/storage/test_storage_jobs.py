@@ -256,3 +256,14 @@ def test_ended_jobs_are_removed_when_old_and_others_never(repository, collection
     assert repository.remove_ended_jobs(older_than_s=0) == len(ended)
     assert [job.id for job in repository.list_jobs(10)] == [running, queued]
     assert repository.blob_hashes_in_use([HASH]) == {HASH}
+
+
+def test_who_has_lost_a_job_ends_it_no_more(repository):
+    """A server that was held up for longer than its lease, while another has taken the job over."""
+    job = repository.enqueue("snapshot", None, {})
+    repository.claim(["snapshot"], "slow", lease_s=0.0)
+    repository.claim(["snapshot"], "other")
+    assert not repository.fail(job, {"code": "internal", "detail": ""}, "slow")
+    assert not repository.finish(job, {}, "slow")
+    assert repository.get_job(job).status == "running"
+    assert repository.finish(job, {}, "other")
