@@ -126,7 +126,7 @@ class Repository(
         def run(connection: Connection) -> None:
             this = collections.c.name == name
             version = connection.execute(select(collections.c.version).where(this).with_for_update()).scalar()
-            if version is None:
+            if version is None or name.startswith(HIDDEN):
                 raise _not_found(name)
             connection.execute(delete(name_versions).where(name_versions.c.name == name))
             connection.execute(insert(name_versions).values(name=name, version=version + 1))

@@ -22,6 +22,7 @@ from service.app.schemas import CollectionConfig, Operation, RecallRequest, Stor
 from service.app.snapshot_schemas import RestoreRequest
 from service.errors import (
     CollectionNotEmpty,
+    CollectionNotFound,
     Conflict,
     EncoderMismatch,
     EngramError,
@@ -358,6 +359,8 @@ def test_what_a_crash_left_is_tidied(engine: Engine) -> None:
         engine.repository.stage_collection(HIDDEN + name, row.config, 0, 1, row.created_at)
     assert len(engine.repository.hidden_collections()) == 2
     assert [info.name for info in engine.collections().collections] == ["c"]
+    with pytest.raises(CollectionNotFound):
+        engine.delete_collection(HIDDEN + "restore-gone")  # gRPC takes any name
     engine.housekeep()
     assert engine.repository.hidden_collections() == []
     with pytest.raises(EngramError):
