@@ -365,7 +365,6 @@ def given(**fields: Any) -> Body:
 
 
 _jitter = random.Random()  # not the program's: programs that all seed theirs alike would come back together
-REPEATED = frozenset({429, 502, 503})  # 502: a balancer's, whose server went away in the middle
 
 
 def _pause_s(error: EngramError, attempt: int) -> float | None:
@@ -373,7 +372,7 @@ def _pause_s(error: EngramError, attempt: int) -> float | None:
 
     Full jitter: callers refused together do not come back together. (Brooker, "Exponential Backoff and Jitter", 2015)
     """
-    if error.status not in REPEATED or isinstance(error, LASTING):
+    if error.status not in (429, 503) or isinstance(error, LASTING):
         return None
     jitter_s = _jitter.uniform(0, min(PAUSE_MAX_S, PAUSE_S * 2.0**attempt))
     return jitter_s + (error.retry_after_s or 0)

@@ -366,9 +366,10 @@ def error_of(response: httpx.Response) -> EngramError:
         code, detail = str(problem["code"]), str(problem["detail"])
         items = tuple(ItemError(int(e["item"]), str(e["code"]), str(e["detail"])) for e in problem.get("errors") or ())
     except (ValueError, KeyError, TypeError, AttributeError):
-        error = no_server(
-            f"{response.url} answered {response.status_code} {response.reason_phrase}", response.status_code
-        )
+        said = f"{response.url} answered {response.status_code} {response.reason_phrase}"
+        # A load balancer's, whose server went away in the middle: as if our own connection to it had broken.
+        is_lost = response.status_code == httpx.codes.BAD_GATEWAY
+        error = Unreachable(said) if is_lost else no_server(said, response.status_code)
         error.retry_after_s = retry_after_s
         return error
     known = error_classes().get(code)
