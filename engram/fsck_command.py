@@ -33,6 +33,10 @@ def fsck(
             "--repair", help="Move damaged files aside, remove damaged patterns, mend indexes. No memory is deleted."
         ),
     ] = False,
+    compact: Annotated[
+        bool,
+        typer.Option("--compact", help="Then write a sound SQLite database anew; takes as much free space as it has."),
+    ] = False,
     as_json: AsJson = False,
     data: Data = None,
 ) -> None:
@@ -46,7 +50,7 @@ def fsck(
     try:
         chosen = settings.load(os.environ, data=folder_of(data, must_exist=True))
         with _progress(console(True)) as tell:
-            report = checked(chosen, repair=repair, tell=tell)
+            report = checked(chosen, repair=repair, compact=compact, tell=tell)
     except EngramError as error:
         print_error(error)
         raise typer.Exit(NOT_CHECKED) from None

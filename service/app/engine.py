@@ -588,7 +588,7 @@ class Engine:
 
     def housekeep(self) -> None:
         """Remove originals that nothing names any more, drafts of operations that have ended, what restores took the
-        place of, receipts of a day ago, and operations that ended a week ago.
+        place of, receipts of a day ago, and operations that ended a week ago; and what the log holds of deleted rows.
         """
         self.blobs.remove_unreferenced(self.repository.blob_hashes_in_use)
         self.repository.remove_drafts()
@@ -596,6 +596,8 @@ class Engine:
         restore.remove_hidden(self.resources)
         self.repository.remove_ended_jobs()
         self.repository.forget_deletions()
+        if not self.repository.empty_log():
+            log.info("the database's log is emptied an hour later: it was in use")
 
     def check_ready(self) -> None:
         """Raises `Unavailable` while collections are loaded, saying how far, and while storage does not answer."""

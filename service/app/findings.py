@@ -31,6 +31,7 @@ WHAT: Mapping[str, str] = {
     "original_unnamed": "originals that nothing names",
     "snapshot_damaged": "damaged snapshots",
     "snapshot_unreadable": "snapshots that this version does not read",
+    "database_compacted": "database written anew",
     "temporary_stale": "files left half written",
 }
 

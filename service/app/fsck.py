@@ -31,6 +31,7 @@ from service.errors import (
     CollectionNotFound,
     ContentNotFound,
     EngramError,
+    InvalidRequest,
     NotFound,
     SnapshotDamaged,
     StorageUnavailable,
@@ -57,12 +58,17 @@ TOLD_EACH = 1_000  # patterns
 COMPARED_MAX = 3  # times that a bank is loaded where another server goes on writing
 
 
-def fsck(settings: Settings, *, repair: bool = False, tell: Tell = lambda _what, _share: None) -> Report:
-    """Check the data folder, which this process owns meanwhile.
+def fsck(
+    settings: Settings, *, repair: bool = False, compact: bool = False, tell: Tell = lambda _what, _share: None
+) -> Report:
+    """Check the data folder, which this process owns meanwhile. `compact`: then write a sound SQLite database anew.
 
-    Raises `FolderInUse` naming its owner, `NotFound` where there is no database in it, `OriginalsElsewhere`, and
+    Raises `InvalidRequest` for a PostgreSQL database that is to be compacted, `FolderInUse` naming its owner,
+    `NotFound` where there is no database in it, `OriginalsElsewhere`, `StorageFull` (compacting), and
     `StorageUnavailable` where a PostgreSQL server does not answer.
     """
+    if compact and settings.database_url is not None:
+        raise InvalidRequest("PostgreSQL compacts its own tables: ask it for VACUUM FULL")
     with ExitStack() as opened:
         folder = DataFolder.open(settings.data)
         opened.callback(folder.close)
@@ -72,6 +78,8 @@ def fsck(settings: Settings, *, repair: bool = False, tell: Tell = lambda _what,
         check.files(repository)
         if repository is not None:
             check.banks(repository)
+            if compact:
+                check.compact(repository)
     return check.report
 
 
@@ -297,6 +305,14 @@ class _Check:
 
     def _read(self, before: float, share: float, at: float) -> None:
         self._tell("snapshots", before + at * share)
+
+    def compact(self, repository: Repository) -> None:
+        if any(each.kind == "database_damaged" for each in self.report.found):
+            return
+        self._tell("the database, written anew", 0.0)
+        before = repository.size_bytes()
+        repository.compact()
+        self.report.add("database_compacted", "note", "database", f"{before:,} bytes, now {repository.size_bytes():,}")
 
     # --- banks ---
 

@@ -85,6 +85,16 @@ class Database:
                 with connection.begin():
                     yield connection
 
+    def empty_log(self) -> bool:
+        """SQLite: leave nothing of deleted rows in the log; False where somebody was in the way. PostgreSQL sees to its
+        log itself."""
+        return self.is_postgres or sqlite.empty_log(self._engine)
+
+    def compact(self) -> None:
+        """SQLite: write the file anew, without what deleted rows may have left in it. Raises `StorageFull`."""
+        if not self.is_postgres:
+            sqlite.compact(self._engine)
+
     def close(self) -> None:
         """Close all connections; SQLite then folds its log into the database file."""
         self._stopping.set()

@@ -16,8 +16,9 @@ Rules:
   takes no other with it.
 - Items are answered in the transaction that does their work, once, and only while the job runs: nothing is done twice,
   and nothing is stored after `cancel` returned.
+- An item that is answered keeps its answer, not what it was: that is a memory by then, which may be deleted.
 - A job that is done keeps its result, not its items; one that was cancelled keeps those answered. One that failed or
-  died keeps all of them until it is removed.
+  died keeps all of them until it is removed, so that it can be retried.
 """
 
 from __future__ import annotations
@@ -395,7 +396,7 @@ def answer_items(connection: Connection, job_id: str, answers: Sequence[ItemAnsw
             job_items.c.position == bindparam("at"),
             job_items.c.status == "queued",
         )
-        .values(status=bindparam("outcome"), result=bindparam("answer"))
+        .values(status=bindparam("outcome"), result=bindparam("answer"), body={}, blob_hash=None)
     )
     rows = [{"at": each.position, "outcome": each.status, "answer": each.result} for each in answers]
     if connection.execute(query, rows).rowcount != len(answers):

@@ -81,6 +81,14 @@ class Repository(
             pages, page = (connection.exec_driver_sql(f"PRAGMA {n}").scalar_one() for n in ("page_count", "page_size"))
             return int(pages * page)
 
+    def empty_log(self) -> bool:
+        """As `Database.empty_log`."""
+        return self._database.empty_log()
+
+    def compact(self) -> None:
+        """As `Database.compact`."""
+        self._database.compact()
+
     def ping(self) -> None:
         """Read one row. Raises `StorageUnavailable` while the database does not answer."""
         with self._database.read() as connection:

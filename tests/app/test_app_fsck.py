@@ -29,7 +29,7 @@ from service.app.findings import NAMED_MAX, Report, pattern_fault
 from service.app.fsck import fsck
 from service.app.reencode_schemas import ReencodeRequest
 from service.app.schemas import CollectionConfig, StoreRequest
-from service.errors import FolderInUse, NotFound, OriginalsElsewhere, StorageUnavailable
+from service.errors import FolderInUse, InvalidRequest, NotFound, OriginalsElsewhere, StorageUnavailable
 from service.settings import Settings
 from service.storage.database import Database
 from service.storage.folder import database_path
@@ -316,6 +316,20 @@ def test_a_damaged_database_is_said_and_not_written_to(on_sqlite: Settings) -> N
     path.unlink()
     with pytest.raises(NotFound, match=r"engram\.db"):
         fsck(on_sqlite)
+
+
+def test_compacting_leaves_nothing_of_what_was_deleted(on_sqlite: Settings) -> None:
+    secret = b"a secret of before" * 10
+    run(on_sqlite, ("PRAGMA secure_delete=OFF", None), ("UPDATE memories SET payload = ?", b'"' + secret + b'"'))
+    run(on_sqlite, ("PRAGMA secure_delete=OFF", None), ("UPDATE memories SET payload = ?", b"{}"))
+    assert secret in database_path(on_sqlite.data).read_bytes()
+    report = fsck(on_sqlite, compact=True)
+    assert list(found(report)) == [("database_compacted", "note")]
+    assert report.exit_code == 0
+    assert secret not in database_path(on_sqlite.data).read_bytes()
+    elsewhere = on_sqlite.model_copy(update={"database_url": SecretStr("postgresql://nowhere/none")})
+    with pytest.raises(InvalidRequest, match="VACUUM FULL"):
+        fsck(elsewhere, compact=True)
 
 
 def test_the_owner_of_the_folder_is_named(on_sqlite: Settings) -> None:
