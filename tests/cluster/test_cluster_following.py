@@ -18,7 +18,8 @@ from service.app.engine import Engine
 from service.app.memory_schemas import DeleteRequest
 from service.app.notices import Notices
 from service.app.reencode_schemas import ReencodeRequest
-from service.app.schemas import CollectionConfig, RecallRequest, StoreRequest, TrainRequest
+from service.app.schemas import CollectionConfig, Operation, RecallRequest, StoreRequest, TrainRequest
+from service.app.snapshot_schemas import RestoreRequest
 from service.errors import CollectionExists, CollectionNotFound, OriginalsElsewhere, TooBusy
 from service.settings import Settings
 from workers.loop import running
@@ -39,7 +40,13 @@ def opened(postgres_schema: Callable[[], str], tmp_path: Path) -> Iterator[Open]
     with ExitStack() as stack:
 
         def open_engine(name: str, *, jobs: bool = True, originals: Path | None = tmp_path / "originals") -> Engine:
-            settings = Settings(data=tmp_path / name, database_url=url, originals=originals, jobs=jobs)
+            settings = Settings(
+                data=tmp_path / name,
+                database_url=url,
+                originals=originals,
+                jobs=jobs,
+                snapshots=str(tmp_path / "snapshots"),
+            )
             engine = stack.enter_context(Engine(settings))
             stack.enter_context(running(engine))
             return engine
@@ -228,6 +235,65 @@ def test_an_encoder_that_one_changes_is_the_others_too(opened: Open) -> None:
     for engine in (one, other):
         recalled = engine.recall("c", RecallRequest.model_validate({"cue": {"text": "a dog"}, "gate": False}))
         assert recalled["results"][0]["matches"][0]["id"] == "r"
+
+
+def ended(engine: Engine, operation: Operation) -> dict[str, Any]:
+    until(lambda: engine.operation(operation.id).status not in ("queued", "running"))
+    found = engine.operation(operation.id)
+    assert found.status == "done", found
+    return found.result or {}
+
+
+def test_what_one_restores_the_other_answers_by(opened: Open) -> None:
+    """Over a collection, which is gone there then, and into a new name."""
+    one, other = opened("one"), opened("other", jobs=False)
+    create(one)
+    at_version(other, store(one, {str(i): i for i in range(60)}))
+    until(lambda: one.collection("c").calibration.state == "current")
+    until(lambda: other.collection("c").calibration.state == "current")
+    cues: dict[str, Any] = {"cues": [{"vectors": {"v": each.tolist()}} for each in (ROWS[7], -ROWS[:50].sum(0))]}
+    cues["exclude"] = ["after"]  # as before it was stored
+
+    def verdicts(engine: Engine, name: str) -> list[Any]:
+        results = engine.recall(name, RecallRequest.model_validate(cues))["results"]
+        return [(result["verdict"], result["gate"], result["matches"][0]["id"]) for result in results]
+
+    before = verdicts(other, "c")
+    assert before[0][0] == "known"
+    kept = ended(one, one.create_snapshot("c"))["id"]
+    one.delete_memories("c", ["7"])
+    at_version(other, store(other, {"new": 70}))
+    former = other.resources.live("c")
+    done = ended(one, one.restore("c", kept, RestoreRequest(replace=True)))
+    written = store(other, {"after": 71})  # at once: to what was restored, whether it is seen here already or not
+    assert written > done["version"]
+    at_version(one, written)
+    for engine in (one, other):
+        assert found(engine, 71)[1][0] == "after"
+        assert engine.collection("c").version >= written
+        assert engine.collection("c").count == 61
+        assert found(engine, 70)[1][0] != "new"
+        assert verdicts(engine, "c") == before
+    until(lambda: other.resources.find(former.id) is None)
+    assert other.resources.live("c").id == one.resources.live("c").id != former.id
+    done = ended(one, one.restore("c", kept, RestoreRequest(into="d")))
+    assert other.collection("d").version == done["version"], "a name that is not known here is looked for at once"
+    assert verdicts(other, "d") == before == verdicts(one, "d")
+    deleted = other.delete_memories("c", ["7"])
+    at_version(one, deleted.version)
+    assert found(one, 7)[1][0] != "7"
+
+
+def test_what_one_restores_is_seen_within_the_poll(opened: Open) -> None:
+    one, other = opened("one"), opened("other", jobs=False)
+    create(one)
+    at_version(other, store(one, {"a": 0, "b": 1}))
+    kept = ended(one, one.create_snapshot("c"))["id"]
+    at_version(other, store(one, {"c": 2}))
+    done = ended(one, one.restore("c", kept, RestoreRequest(replace=True)))
+    until(lambda: found(other, 2) == (done["version"], found(one, 2)[1]))
+    assert "c" not in found(other, 2)[1]
+    assert [live.name for live in other.resources.all_lives()] == ["c"]
 
 
 def test_a_server_with_originals_of_its_own_is_refused(opened: Open, tmp_path: Path) -> None:
