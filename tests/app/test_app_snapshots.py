@@ -442,6 +442,8 @@ def test_kill_9_leaves_the_former_or_the_new(settings: Settings, kind: str) -> N
         child.wait()
     with Engine(settings) as engine, running(engine):
         assert order(engine) in (ids, [*ids, "new"])
+        engine.repository.release_leases()  # over PostgreSQL a lease has to run out: as if it had
+        engine.resources.wake_workers()
         for operation in engine.operations().operations:
             if operation.kind in ("snapshot", "restore"):
                 ended(engine, operation)
