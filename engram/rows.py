@@ -17,6 +17,7 @@ import io
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -81,7 +82,9 @@ def open_rows(path: Path, from_row: int = 1) -> Iterator[RowFile]:
 
         try:
             with _batches(file, form) as (schema, count, batches):
-                yield RowFile(_config_of(schema), prefix, _parts_of_batches(schema, count, batches, from_row))
+                first = next(batches, None)
+                again = batches if first is None else chain((first,), batches)
+                yield RowFile(_config_of(schema, first), prefix, _parts_of_batches(schema, count, again, from_row))
         except (pa.ArrowException, OSError) as error:
             raise MalformedBody(f"{path} is not whole: {error}") from None
 
@@ -213,15 +216,30 @@ def _slices(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
     return (batch.slice(start, count) for start in range(0, len(batch), count))
 
 
-def _config_of(schema: pa.Schema) -> dict[str, Any] | None:
-    import pyarrow as pa
+def _config_of(schema: pa.Schema, first: pa.RecordBatch | None) -> dict[str, Any] | None:
+    """Of the header, or by the columns of vectors: their type says how long they are, or their first value does."""
 
     header = (schema.metadata or {}).get(HEADER.encode())
     if header is not None:
         config: dict[str, Any] | None = orjson.loads(header).get("config")
         return config
-    vectors = [column for column in schema if pa.types.is_fixed_size_list(column.type)]
-    return _spaces({column.name.removeprefix(VECTORS): column.type.list_size for column in vectors})
+    lengths = ((column.name, _length_in(column, first)) for column in schema)
+    return _spaces({name.removeprefix(VECTORS): length for name, length in lengths if length is not None})
+
+
+def _length_in(column: pa.Field, first: pa.RecordBatch | None) -> int | None:
+    """How many values its vectors have, 0 where the first rows do not say; None for a column of something else."""
+    import pyarrow as pa
+
+    kind = pa.types
+    if kind.is_fixed_size_list(column.type):
+        return int(column.type.list_size)
+    as_bytes = column.name.startswith(VECTORS) and (kind.is_binary(column.type) or kind.is_large_binary(column.type))
+    if not (as_bytes or kind.is_list(column.type) or kind.is_large_list(column.type)):
+        return None
+    values = [] if first is None else first.column(column.name).drop_null().slice(0, 1).to_pylist()
+    length = len(values[0]) if values else 0
+    return length // 4 if as_bytes else length
 
 
 def _spaces(dimensions: Mapping[str, int]) -> dict[str, Any] | None:

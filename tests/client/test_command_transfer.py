@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from engram import Client
 
@@ -35,6 +36,18 @@ def test_rows_go_in_and_out(run_engram: Run, server_url: str, new_name: NewName,
     assert [json.loads(line)["text"] for line in printed.stdout.splitlines()[1:]] == [line["text"] for line in lines]
     done = run_engram("export", "-c", name, tmp_path / "out.parquet", "--url", server_url)
     assert (done.returncode, pq.read_table(tmp_path / "out.parquet").num_rows) == (0, 5)
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.float32()), pa.large_list(pa.float64()), pa.list_(pa.float32(), 3)])
+def test_a_collection_is_made_by_the_columns_of_vectors(
+    kind: pa.DataType, run_engram: Run, server_url: str, new_name: NewName, tmp_path: Path
+) -> None:
+    rows, name = tmp_path / "rows.parquet", new_name()
+    vectors, raw = pa.array([None, [1, 2, 3]], kind), pa.array([b"\0\0\x80?" * 2] * 2)
+    pq.write_table(pa.table({"id": ["a", "b"], "v": vectors, "vectors.w": raw}), rows)
+    done = run_engram("import", rows, "-c", name, "--url", server_url)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "with v (3 values by the rows), w (2 values by the rows)" in " ".join(done.stdout.split())
 
 
 def test_an_import_that_is_killed_goes_on_where_it_was(
