@@ -16,7 +16,7 @@ from rich.markup import escape
 from engram.asking import PAGE
 from engram.opening import Data, Name, Url, open_client
 from engram.replies import Memory
-from engram.shown import AsJson, minute, print_json, table
+from engram.shown import AsJson, minute, print_json, shown_payload, table
 from service.errors import InvalidRequest, MemoryNotFound, NotWritable
 
 IDS_SHOWN_MAX = 20  # of what a filter would delete: enough to see whether it is what was meant
@@ -148,6 +148,10 @@ def _show(memories: Iterable[Memory], as_json: bool) -> None:
         return
     listed = table("memory", "text", "payload", "stored")
     for memory in memories:
-        payload = "" if memory.payload is None else json.dumps(memory.payload, ensure_ascii=False)
-        listed.add_row(escape(memory.id), escape(memory.text or ""), escape(payload), minute(memory.created_at))
+        listed.add_row(
+            escape(memory.id),
+            escape(memory.text or ""),
+            escape(shown_payload(memory.payload)),
+            minute(memory.created_at),
+        )
     out.print(listed if listed.row_count else "No memories.")

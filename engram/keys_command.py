@@ -79,7 +79,7 @@ def list_keys(as_json: AsJson = False, data: Data = None, url: Url = None) -> No
         return
     table = Table(box=box.SIMPLE, pad_edge=False)
     for heading in ("id", "name", "begins with", "scopes", "made", "last used", "state"):
-        table.add_column(heading, no_wrap=heading in ("id", "begins with"))  # what is copied whole
+        table.add_column(heading, no_wrap=heading in ("id", "begins with"), overflow="fold")  # what is copied whole
     for key in found:
         scopes = ", ".join(f"{target}={level}" for target, level in key.scopes.items())
         table.add_row(

@@ -59,6 +59,7 @@ def operations(
 
 def _table(found: list[Operation]) -> Table:
     shown = table("operation", "kind", "collection", "status", "progress", "error")
+    shown.columns[0].no_wrap = True  # what --retry and --cancel take
     for operation in found:
         colour = COLOURS.get(operation.status)
         status = f"[{colour}]{operation.status}[/]" if colour else operation.status

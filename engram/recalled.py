@@ -28,6 +28,7 @@ from rich.table import Table
 
 from engram.client import Collection
 from engram.replies import Recall
+from engram.shown import shown_payload
 from service.errors import ContentNotFound, NotWritable
 
 COLOURS: dict[str | None, str] = {"known": "green", "ambiguous": "yellow", "unknown": "cyan", "uncalibrated": "magenta"}
@@ -59,7 +60,7 @@ def _matches(answer: Recall) -> Table:
             answer.recall.compared_by, answer.recall.compared_by
         )
     table = Table(box=box.SIMPLE, pad_edge=False)
-    table.add_column("memory")
+    table.add_column("memory", overflow="fold")  # whole: it is copied
     table.add_column("weight", justify="right")
     table.add_column(f"similarity ({compared})", justify="right")
     with_text, with_payload = (any(m.text for m in answer.matches), any(m.payload for m in answer.matches))
@@ -68,7 +69,7 @@ def _matches(answer: Recall) -> Table:
         table.add_column(heading)
     for match in answer.matches:
         said = [str(match.group)] * grouped
-        said += [match.text or ""] * with_text + ["" if match.payload is None else str(match.payload)] * with_payload
+        said += [match.text or ""] * with_text + [shown_payload(match.payload)] * with_payload
         table.add_row(escape(match.id), f"{match.weight:.3f}", f"{match.similarity:.3f}", *map(escape, said))
     return table
 
@@ -80,7 +81,8 @@ def energies(values: Sequence[float | None]) -> str:
 
 def _because(answer: Recall) -> str:
     if answer.gate is None:
-        return "" if answer.matches else ": nothing is stored"  # the reply's warnings say why
+        # Where a filter or a lack of cues is the reason, the reply's warnings say so.
+        return "" if answer.matches or answer.warnings else ": nothing is stored"
     relation = "over" if answer.gate.score > answer.gate.threshold else "not over"
     return f": log S {answer.gate.score:.2f} is {relation} the threshold {answer.gate.threshold:.2f}"
 

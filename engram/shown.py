@@ -8,6 +8,7 @@ Rules:
 from __future__ import annotations
 
 import base64
+import json
 import sys
 from typing import Annotated, Any
 
@@ -49,8 +50,13 @@ def print_json(value: Any, *, line: bool = False) -> None:
 def table(*headings: str, title: str | None = None) -> Table:
     made = Table(box=box.SIMPLE, title=title, title_justify="left", pad_edge=False)
     for heading in headings:
-        made.add_column(heading, justify="right" if heading in RIGHT else "left")
+        made.add_column(heading, justify="right" if heading in RIGHT else "left", overflow="fold")
     return made
+
+
+def shown_payload(payload: Any) -> str:
+    """As JSON, which is what a filter or an update takes."""
+    return "" if payload is None else json.dumps(payload, ensure_ascii=False)
 
 
 def minute(moment: str) -> str:
