@@ -54,6 +54,10 @@ class UnsupportedMediaType(EngramError):
     status, code, title = 415, "unsupported_media_type", "The body is of a media type that is not read here"
 
 
+class MethodNotAllowed(InvalidRequest):
+    status, code, title = 405, "method_not_allowed", "The path does not take this method"
+
+
 class InvalidImage(InvalidRequest):
     code, title = "invalid_image", "The bytes are not an image this server can read"
 
@@ -265,7 +269,7 @@ class StorageFull(EngramError):
 
 
 class StorageUnavailable(Unavailable):
-    code, title = "storage_unavailable", "The data folder cannot be written"
+    code, title = "storage_unavailable", "The database or the data folder cannot be used"
 
 
 class OutOfMemory(EngramError):

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from service.app.fields import faults
-from service.errors import EngramError, InvalidRequest, MalformedBody, NotFound, RateLimited
+from service.errors import EngramError, InvalidRequest, MalformedBody, MethodNotAllowed, NotFound, RateLimited
 
 log = structlog.get_logger()
 
@@ -54,6 +54,10 @@ def install(app: FastAPI) -> None:
     async def http_error(request: Request, error: HTTPException) -> Response:
         if error.status_code == 404:
             return as_response(NotFound(f"there is nothing at {request.url.path}"))
+        if error.status_code == 405:
+            refused = as_response(MethodNotAllowed(f"{request.url.path} does not take {request.method}"))
+            refused.headers.update(error.headers or {})
+            return refused
         translated = MalformedBody(str(error.detail)) if error.status_code == 400 else InvalidRequest(str(error.detail))
         response = as_response(translated)
         response.status_code = error.status_code

@@ -32,7 +32,7 @@ HINT = len(PREFIX) + 5  # thirty bits of 256: enough to tell keys apart, of no h
 SETTINGS_KEY = "ENGRAM_API_KEY"  # the name under which the key of the settings is counted
 USED_EVERY = timedelta(minutes=1)  # how exactly it is kept when a key was last used: a write a minute, not a request
 
-REFUSED = "send the header Authorization: Bearer <key>, with a key that is valid"
+REFUSED = "send a valid key in the header Authorization: Bearer <key>; commands take ENGRAM_API_KEY, clients api_key="
 
 
 @dataclass(frozen=True)

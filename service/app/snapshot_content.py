@@ -88,7 +88,9 @@ def written(head: SnapshotHead, copy: Copy) -> Iterator[Entry]:
             rows = [vector for vector in vectors if vector is not None]
             if rows:
                 if any(len(row) != 4 * head.spaces[space] for row in rows):
-                    raise StorageUnavailable(f"a pattern of space {space} is damaged: engram fsck says which, and more")
+                    raise StorageUnavailable(
+                        f"a pattern of space {space} is damaged: make the space anew (engram reencode)"
+                    )
                 yield Entry(f"patterns/{space}/{i:08}.npy", _npy(len(rows), head.spaces[space]) + b"".join(rows))
 
 

@@ -27,6 +27,7 @@ BY_STATUS = {
     401: grpc.StatusCode.UNAUTHENTICATED,
     403: grpc.StatusCode.PERMISSION_DENIED,
     404: grpc.StatusCode.NOT_FOUND,
+    405: grpc.StatusCode.INVALID_ARGUMENT,  # of HTTP alone: a call has no method
     409: grpc.StatusCode.FAILED_PRECONDITION,
     412: grpc.StatusCode.ABORTED,  # read again, and try again
     413: grpc.StatusCode.RESOURCE_EXHAUSTED,

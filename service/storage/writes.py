@@ -169,7 +169,8 @@ def refused(id_: str, if_version: int | None, version: int) -> PreconditionFaile
     if if_version in (None, version):
         return None
     found = f"memory {id_} is at version {version}" if version else f"there is no memory {id_}"
-    return PreconditionFailed(f"{found}, and the request is for {f'version {if_version}' if if_version else 'none'}")
+    wanted = f"version {if_version}" if if_version else "one that is not there yet (if_version 0)"
+    return PreconditionFailed(f"{found}, and the request is for {wanted}")
 
 
 def _statuses(writes: Sequence[MemoryWrite], known: Mapping[str, _Known], version: int) -> list[Status]:
