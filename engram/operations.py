@@ -58,15 +58,16 @@ def operations(
 
 
 def _table(found: list[Operation]) -> Table:
-    shown = table("operation", "kind", "collection", "status", "progress", "error")
+    failed = any(operation.error for operation in found)
+    shown = table("operation", "kind", "collection", "status", "%", *["error"] * failed)
     shown.columns[0].no_wrap = True  # what --retry and --cancel take
     for operation in found:
         colour = COLOURS.get(operation.status)
         status = f"[{colour}]{operation.status}[/]" if colour else operation.status
         error = "" if operation.error is None else f"{operation.error.detail} ({operation.error.code})"
         shown.add_row(
-            operation.id, operation.kind, escape(operation.collection or ""), status, f"{operation.progress:.0%}",
-            escape(error),
+            operation.id, operation.kind, escape(operation.collection or ""), status, f"{100 * operation.progress:.0f}",
+            *[escape(error)] * failed,
         )  # fmt: skip
     return shown
 

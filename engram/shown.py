@@ -25,7 +25,7 @@ ERRORS_SHOWN_MAX = 50  # rows of a table that a person reads; the count says how
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-RIGHT = ("weight", "similarity", "memories", "progress")  # headings over numbers
+RIGHT = ("weight", "similarity", "memories", "%")  # headings over numbers
 
 
 def console(as_json: bool) -> Console:
