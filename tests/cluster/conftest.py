@@ -45,7 +45,7 @@ class Cluster:
         }
         if is_server:
             port = self._ports.setdefault(name, free_port())
-            command = [sys.executable, "-m", "engram", "serve", "--port", str(port), "--grpc-port", "0"]
+            command = [sys.executable, "-m", "engram", "serve", "--port", str(port)]
             environ["ENGRAM_JOBS"] = "false"
             environ["ENGRAM_GRPC_PORT"] = str(self._grpc_ports.setdefault(name, free_port()))
         with (self._folder / f"{name}.log").open("ab") as log:
