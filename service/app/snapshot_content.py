@@ -89,7 +89,7 @@ def written(head: SnapshotHead, copy: Copy) -> Iterator[Entry]:
             if rows:
                 if any(len(row) != 4 * head.spaces[space] for row in rows):
                     raise StorageUnavailable(
-                        f"a pattern of space {space} is damaged: make the space anew (engram reencode)"
+                        f"a pattern of space {space} is damaged: engram fsck says which, and mends what can be"
                     )
                 yield Entry(f"patterns/{space}/{i:08}.npy", _npy(len(rows), head.spaces[space]) + b"".join(rows))
 
