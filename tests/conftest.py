@@ -31,6 +31,22 @@ settings.register_profile("quick", max_examples=50, **COMMON)
 settings.register_profile("full", max_examples=500, **COMMON)
 settings.load_profile(os.environ.get("TEST_PROFILE", "quick"))
 
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out of the quick profile what is marked `full` (or of it what runs over PostgreSQL, `full("postgres")`): it
+    takes long, and something quicker shows the same.
+    """
+    if os.environ.get("TEST_PROFILE") == "full":
+        return
+    left = [
+        item
+        for item in items
+        if (mark := item.get_closest_marker("full")) and all(in_ in item.name for in_ in mark.args)
+    ]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in set(left)]
+
+
 POSTGRES = os.environ.get("TEST_POSTGRES", "postgresql://postgres@127.0.0.1:5432/postgres")
 
 

@@ -163,6 +163,7 @@ def test_a_restart_gives_the_same_answers(serve: Serve, tmp_path: Path) -> None:
     assert [m["similarity"] for m in first["matches"]] == pytest.approx([m["similarity"] for m in second["matches"]])
 
 
+@pytest.mark.full("postgres")  # servers over PostgreSQL are killed in tests/cluster
 @pytest.mark.parametrize("kill", range(KILLS))
 def test_what_was_acknowledged_survives_kill_9(
     serve: Serve, tmp_path: Path, new_database: Callable[[Path], Path | str], kill: int

@@ -240,6 +240,6 @@ def test_the_engine_agrees_with_its_model(new_database: Any, tmp_path: Path) -> 
     print(f"ENGINE_MODEL_SEED={chosen}")
     EngineMachine.engine = Engine(EngineMachine.where)
     try:
-        run_state_machine_as_test(seed(chosen)(EngineMachine), settings=settings(stateful_step_count=15))
+        run_state_machine_as_test(seed(chosen)(EngineMachine), settings=settings(stateful_step_count=10))
     finally:
         EngineMachine.engine.close()

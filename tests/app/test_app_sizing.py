@@ -45,6 +45,7 @@ def make(engine: Engine, spaces: dict[str, int]) -> None:
     engine.create_collection("c", CollectionConfig.model_validate(config))
 
 
+@pytest.mark.full("postgres")
 def test_what_is_stored_takes_what_was_estimated(engine: Engine) -> None:
     """20,000 × 128 in SQLite, fewer in PostgreSQL: on disk, and in the bank, scanned and then with a graph."""
     memories = 4_000 if engine.repository.is_postgres else 20_000

@@ -419,6 +419,7 @@ with Engine(Settings(data=sys.argv[1], database_url=sys.argv[2] or None)) as eng
 """
 
 
+@pytest.mark.full("postgres")
 @pytest.mark.parametrize("kind", ["snapshot", "restore"])
 def test_kill_9_leaves_the_former_or_the_new(settings: Settings, kind: str) -> None:
     """Killed while a snapshot is made or restored: what answers is whole, what was begun is done, nothing is left."""

@@ -11,12 +11,15 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+import pytest
+
 from engram import AsyncClient, Client
 from service.errors import Unreachable
 
 AT_WORK_S = 2.0  # before the server is killed
 
 
+@pytest.mark.full  # as do the loops of tests/cluster, over HTTP and gRPC
 def test_loops_go_on_over_a_server_that_is_killed_and_started_again(
     start_engram: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
