@@ -32,7 +32,6 @@ from service.storage.memories import Memories
 from service.storage.payload_indexes import PayloadIndexes
 from service.storage.receipts import Receipts
 from service.storage.schedules import Schedules
-from service.storage.selection import Selection
 from service.storage.streaming import Streaming
 from service.storage.tables import collections, name_versions
 from service.storage.updates import Updates
@@ -47,7 +46,6 @@ class Repository(
     Writes,
     Updates,
     Receipts,
-    Selection,
     Streaming,
     Drafts,
     Jobs,

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import ColumnElement, Connection, LargeBinary, select, type_coerce
+from sqlalchemy import Connection, LargeBinary, select, type_coerce
 
 from service.core.filter import Clause
-from service.storage.database import Database
 from service.storage.memories import from_bytes, read_version
+from service.storage.selection import Selection
 from service.storage.tables import memories, patterns
 
 CHUNK_ROWS, CHUNK_VALUES = 512, 2**20
@@ -57,13 +57,8 @@ class MemoryStream:
     chunks: Iterator[MemoryChunk]
 
 
-class Streaming:
+class Streaming(Selection):
     """The method of `Repository` that streams memories. A filter of None keeps all."""
-
-    _database: Database
-
-    def _kept(self, collection_id: int, clause: Clause | None) -> ColumnElement[bool]:
-        raise NotImplementedError  # of `Selection`
 
     @contextmanager
     def iter_memories(
